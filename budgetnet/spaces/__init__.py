@@ -1,0 +1,11 @@
+"""Search spaces: one builder function for each named space, and those of the user by `file.py:function`."""
+
+from collections.abc import Callable
+
+from budgetnet.spaces.conv_fabric import conv_fabric
+from budgetnet.spaces.resnet_fabric import resnet_fabric
+from budgetnet.supernet import SuperNetwork
+
+__all__ = ["BY_NAME", "conv_fabric", "resnet_fabric"]
+
+BY_NAME: dict[str, Callable[..., SuperNetwork]] = {"resnet_fabric": resnet_fabric, "conv_fabric": conv_fabric}
