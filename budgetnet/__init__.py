@@ -1,0 +1,15 @@
+"""budgetnet learns neural networks that fit a budget: architecture and weights together, to a plain smaller network."""
+
+from budgetnet import costs, data, spaces
+from budgetnet.budgets import Budget
+from budgetnet.export import export
+from budgetnet.extraction import extract
+from budgetnet.options import SearchOptions
+from budgetnet.search import Found, search
+from budgetnet.supernet import Edge, Node, SuperNetwork
+from budgetnet.version import VERSION as __version__
+
+__all__ = [
+    "Budget", "Edge", "Found", "Node", "SearchOptions", "SuperNetwork", "__version__", "costs", "data", "export",
+    "extract", "search", "spaces",
+]  # fmt: skip

@@ -1,0 +1,251 @@
+"""Budgets: a cost with a limit, what it means for a network, and whether it can be kept at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from budgetnet.costs import MACs, Params, Steps
+from budgetnet.errors import ConfigError, UnreachableBudget
+from budgetnet.objectives import hinge, squared
+from budgetnet.supernet import SuperNetwork
+
+COSTS: dict[str, Callable[..., Any]] = {"macs": MACs, "params": Params, "steps": Steps}
+SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+TOLERANCE = 0.05
+"""A target counts as met within this share of it."""
+
+
+class CostModel(Protocol):
+    """A cost of one network's architectures."""
+
+    @property
+    def unit(self) -> str:
+        """What the numbers count."""
+
+    def __call__(self, used: Tensor) -> Tensor:
+        """Maps `(B, E)` used edges to `(B,)` costs."""
+
+
+class Cost(Protocol):
+    """A kind of cost, before a network is known."""
+
+    @property
+    def unit(self) -> str:
+        """What it counts."""
+
+    @property
+    def key(self) -> str:
+        """What it is called in budgets and results."""
+
+    def bind(self, network: SuperNetwork) -> CostModel:
+        """The cost of this network's architectures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Limit:
+    number: float
+    percent: bool
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A cost and its limit: "at most", or a target from either side.
+
+    Attributes:
+        cost: what is limited.
+        at_most: largest allowed cost in its unit, or a text such as "25%" (of the full network) or "40.9M".
+        target: the cost to come to, likewise.
+
+    Raises:
+        ConfigError: not exactly one of the two is given, or the number is not > 0.
+    """
+
+    cost: Cost
+    at_most: float | str | None = None
+    target: float | str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at_most is None) == (self.target is None):
+            raise ConfigError("a budget needs one limit: at_most or target")
+        _limit(self._given)
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Reads `COST<=LIMIT` (at most) or `COST~=LIMIT` (target): `macs<=25%`, `steps[workers=2]<=20`.
+
+        Raises:
+            ConfigError: the text is not of that form, or names an unknown cost.
+        """
+        match = re.fullmatch(r"\s*(?P<cost>.+?)\s*(?P<sign><=|~=)\s*(?P<limit>\S+)\s*", text)
+        if match is None:
+            raise ConfigError(f"a budget reads COST<=LIMIT or COST~=LIMIT, such as macs<=25%, got {text!r}")
+        cost = parse_cost(match["cost"])
+        return cls(cost, **{"at_most" if match["sign"] == "<=" else "target": match["limit"]})
+
+    @property
+    def _given(self) -> float | str:
+        given = self.target if self.at_most is None else self.at_most
+        assert given is not None
+        return given
+
+    def bind(self, network: SuperNetwork) -> BoundBudget:
+        """What it means for this network."""
+        model = self.cost.bind(network)
+        limit = _limit(self._given)
+        full = float(model(network.used(network.architecture("full")))[0])
+        number = limit.number / 100 * full if limit.percent else limit.number
+        return BoundBudget(cost_name(self.cost), model, number, full, self.at_most is not None)
+
+    def __str__(self) -> str:
+        return f"{cost_name(self.cost)}{'<=' if self.at_most is not None else '~='}{self._given}"
+
+
+@dataclass(frozen=True, eq=False)
+class BoundBudget:
+    """A budget of one network.
+
+    Attributes:
+        name: of the cost, as it is written in budgets.
+        model: `(B, E)` used edges to `(B,)` costs.
+        limit: in the cost's unit.
+        full: cost of the full network.
+        upper: True for "at most", False for a target.
+    """
+
+    name: str
+    model: CostModel
+    limit: float
+    full: float
+    upper: bool
+
+    @property
+    def unit(self) -> str:
+        """The cost's unit."""
+        return self.model.unit
+
+    def penalty(self, cost: Tensor, limit: float) -> Tensor:
+        """Penalty per unit of price of `(B,)` costs: hinge for "at most", squared distance for a target."""
+        excess = cost / limit - 1
+        return hinge(excess) if self.upper else squared(excess)
+
+    def met(self, cost: Tensor) -> Tensor:
+        """Whether `(B,)` costs keep the budget, bool."""
+        if self.upper:
+            return cost <= self.limit
+        return (cost / self.limit - 1).abs() <= TOLERANCE
+
+    def cheapest(self, network: SuperNetwork) -> Tensor:
+        """The architecture of least cost that connects input and output, `(1, G)`.
+
+        Costs never fall when a module is added, so it is a single path; where the cost can say what
+        an edge costs on a path of its own this is exact.
+        """
+        weights = getattr(self.model, "along_path", None) or [1.0] * len(network.graph.edges)
+        path = network.graph.cheapest_path(weights)
+        return torch.tensor([[float(edge in path) for edge in network.columns]])
+
+
+def parse_cost(text: str) -> Cost:
+    """Reads a cost: `macs`, `steps:2`, `steps[workers=2]`.
+
+    Raises:
+        ConfigError: the cost or one of its options is unknown.
+    """
+    match = re.fullmatch(r"(?P<name>\w+)(?::(?P<short>[^\[\]:]+)|\[(?P<options>[^\[\]]*)\])?", text.strip())
+    if match is None or match["name"] not in COSTS:
+        raise ConfigError(f"costs are {', '.join(COSTS)} (steps:2, steps[workers=2]), got {text!r}")
+    kind = COSTS[match["name"]]
+    fields = {name: field.type for name, field in kind.__dataclass_fields__.items() if field.init}  # type: ignore[attr-defined]
+    if match["short"] is not None:
+        if not fields:
+            raise ConfigError(f"{match['name']} takes no option, got {text!r}")
+        given = {next(iter(fields)): match["short"]}
+    else:
+        pairs = [part.partition("=") for part in (match["options"] or "").split(",") if part.strip()]
+        given = {name.strip(): value.strip() for name, _, value in pairs}
+    for name in given:
+        if name not in fields:
+            raise ConfigError(f"{match['name']} has the options {', '.join(fields) or 'none'}, got {name!r}")
+    return kind(**{name: _value(value, str(fields[name]), name) for name, value in given.items()})  # type: ignore[no-any-return]
+
+
+def cost_name(cost: Cost) -> str:
+    """How a cost is written: `macs`, `steps:2`; its default options are left out."""
+    options = [
+        str(getattr(cost, name))
+        for name, field in getattr(cost, "__dataclass_fields__", {}).items()
+        if field.init and getattr(cost, name) != field.default
+    ]
+    return ":".join([cost.key, *options])
+
+
+def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> list[dict[str, Any]]:
+    """The cost of the smallest, the expected and the full network beside each limit.
+
+    Returns:
+        For each budget `{"cost", "unit", "limit", "smallest", "expected", "full"}`; the expected cost
+        is the mean over 1,024 samples of the gates as they start.
+
+    Raises:
+        UnreachableBudget: a limit lies below the smallest network, or a target above the full one;
+            the message says what binds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probability = network.gates.logits.detach().sigmoid().cpu().expand(1024, -1)
+    sampled = network.used(torch.bernoulli(probability, generator=generator))
+    rows = []
+    for budget in budgets:
+        path = network.used(budget.cheapest(network))
+        smallest = float(budget.model(path)[0])
+        if smallest > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
+            raise UnreachableBudget(
+                f"{budget.name} must be {'at most' if budget.upper else 'near'} {budget.limit:.6g} {budget.unit}, but "
+                f"the smallest network of {network.name} takes {smallest:.6g}: {_binding(network, budget, path)}"
+            )
+        if not budget.upper and budget.full < budget.limit * (1 - TOLERANCE):
+            raise UnreachableBudget(
+                f"{budget.name} must come to {budget.limit:.6g} {budget.unit}, but the full network of {network.name} "
+                f"takes only {budget.full:.6g}"
+            )
+        expected = float(budget.model(sampled).mean())
+        rows.append(
+            {"cost": budget.name, "unit": budget.unit, "limit": budget.limit, "smallest": smallest,
+             "expected": expected, "full": budget.full}
+        )  # fmt: skip
+    return rows
+
+
+def _binding(network: SuperNetwork, budget: BoundBudget, path: Tensor) -> str:
+    weights = getattr(budget.model, "along_path", None)
+    edges = path[0].nonzero().flatten().tolist()
+    if weights is None:
+        return f"its {len(edges)} modules are the shortest path"
+    largest = sorted(edges, key=lambda edge: -weights[edge])[:3]
+    return ", ".join(f"{network.edge_names[edge]} {weights[edge]:.6g}" for edge in largest) + " weigh most"
+
+
+def _limit(given: float | str) -> _Limit:
+    text = str(given).strip()
+    match = re.fullmatch(r"(?P<number>[0-9.]+(?:[eE][+-]?[0-9]+)?)(?P<scale>%|[KMG]?B?)", text)
+    try:
+        number = float(match["number"]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or not 0 < number < float("inf"):
+        raise ConfigError(f"a limit must be a number > 0, with K, M, G, KB, MB, GB or % behind it, got {given!r}")
+    return _Limit(number=number * SCALES.get(match["scale"], 1.0), percent=match["scale"] == "%")
+
+
+def _value(text: str, kind: str, name: str) -> int | str:
+    if kind != "int":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name} must be a whole number, got {text!r}") from None

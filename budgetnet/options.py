@@ -1,0 +1,190 @@
+"""What a search is told: one typed value, checked when it is made; the command line's flags are its fields."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from budgetnet.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How architecture and weights are learned.
+
+    The epochs are divided into warm-up (the full network), search (sampled architectures) and
+    fine-tuning (the chosen one). One learning-rate curve runs over all of them.
+
+    Attributes:
+        epochs: passes over the training images in all, >= 1.
+        warmup: share of the epochs before sampling starts, in [0, 1); BSN: 50 of 300.
+        finetune: share of the epochs for the chosen architecture, in [0, 1).
+        batch_size: images a batch.
+        learning_rate: peak rate of the weights.
+        schedule: "one-cycle" rises over the first 20 % and falls to 0 on a cosine; "steps" multiplies
+            by 0.1 at each of `milestones`; "constant" stays.
+        milestones: shares of the epochs at which "steps" falls; BSN: 150 and 225 of 300.
+        momentum: of SGD on the weights, Nesterov's.
+        weight_decay: of the weights; never of the gates.
+        gate_optimizer: "adam" or "sgd" (the papers'; its gradient is of the mean over the batch).
+        gate_rate: learning rate of the gates.
+        gate_start: logit of every gate when sampling starts; 3 keeps an edge with probability 0.953.
+        gate_limit: logits are kept in [-gate_limit, gate_limit] so that no gate is out of reach; 0 for no bound.
+        architectures: architectures sampled for a batch, each serving a contiguous group of its
+            examples; "example" for one each, 1 for the batch (not with leave-one-out).
+        baseline: "leave-one-out" or "batch-mean" (the papers').
+        price: "dual" finds it by dual ascent; a number is the papers' lambda, in loss per unit of C / limit.
+        proportional, integral: gains of the dual ascent.
+        anneal: share of the search during which the limit falls from the expected cost to its value.
+        candidates: architectures compared on validation data when one is chosen.
+        recalibration: batches that set an architecture's batch norms before it is judged.
+        validate_every: epochs between looks at the validation data.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the machine has it in hardware.
+        device: "cpu", "cuda", or "auto": cuda where there is one.
+        seed: of data order, augmentation and samples.
+
+    Raises:
+        ConfigError: an option is outside its range.
+    """
+
+    epochs: int = 30
+    warmup: float = 0.2
+    finetune: float = 0.4
+    batch_size: int = 128
+    learning_rate: float = 0.2
+    schedule: Literal["one-cycle", "steps", "constant"] = "one-cycle"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    gate_optimizer: Literal["adam", "sgd"] = "adam"
+    gate_rate: float = 0.1
+    gate_start: float = 3.0
+    gate_limit: float = 5.0
+    architectures: int | Literal["example"] = 16
+    baseline: Literal["leave-one-out", "batch-mean"] = "leave-one-out"
+    price: float | Literal["dual"] = "dual"
+    proportional: float = 10.0
+    integral: float = 0.02
+    anneal: float = 0.5
+    candidates: int = 16
+    recalibration: int = 10
+    validate_every: int = 1
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "candidates", "recalibration", "validate_every"):
+            _check(name, getattr(self, name), whole=True, least=1)
+        _check("seed", self.seed, whole=True, least=0)
+        for name in ("learning_rate", "weight_decay", "gate_rate", "gate_limit", "proportional", "integral"):
+            _check(name, getattr(self, name), least=0)
+        for name in ("warmup", "finetune", "anneal", "momentum"):
+            _check(name, getattr(self, name), least=0, below=1 if name != "anneal" else None)
+        _check("gate_start", self.gate_start)
+        for share in self.milestones:
+            _check("milestones", share, least=0, below=1)
+        for name, choices in (
+            ("schedule", ("one-cycle", "steps", "constant")),
+            ("gate_optimizer", ("adam", "sgd")),
+            ("baseline", ("leave-one-out", "batch-mean")),
+            ("precision", ("auto", "float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
+        if self.price != "dual":
+            _check("price", self.price, least=0)
+        if self.architectures != "example":
+            _check("architectures", self.architectures, whole=True, least=1)
+            if self.architectures > self.batch_size:
+                raise ConfigError(
+                    f"architectures must be at most batch_size {self.batch_size}, got {self.architectures}"
+                )
+        if self.baseline == "leave-one-out" and self.sampled(self.batch_size) < 2:
+            raise ConfigError("a leave-one-out baseline needs architectures >= 2, got 1")
+        if self.warmup_epochs + self.finetune_epochs > self.epochs - 1:
+            raise ConfigError(
+                f"warmup and finetune must leave at least one of {self.epochs} epochs to search, "
+                f"got {self.warmup_epochs} and {self.finetune_epochs} epochs"
+            )
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs before sampling starts."""
+        return round(self.warmup * self.epochs)
+
+    @property
+    def finetune_epochs(self) -> int:
+        """Epochs of the chosen architecture."""
+        return round(self.finetune * self.epochs)
+
+    def phase(self, epoch: int) -> str:
+        """"warmup", "search" or "finetune"."""
+        if epoch < self.warmup_epochs:
+            return "warmup"
+        return "search" if epoch < self.epochs - self.finetune_epochs else "finetune"
+
+    def search_progress(self, position: float) -> float:
+        """Share of the annealing that is over at `position` epochs from the start, in [0, 1]."""
+        length = self.epochs - self.warmup_epochs - self.finetune_epochs
+        if self.anneal == 0:
+            return 1.0
+        return min(1.0, max(0.0, (position - self.warmup_epochs) / (length * self.anneal)))
+
+    def rate(self, progress: float) -> float:
+        """Learning rate of the weights when a share `progress` of all training is over."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        if self.schedule == "steps":
+            return float(self.learning_rate * 0.1 ** sum(progress >= share for share in self.milestones))
+        rising = 0.2
+        if progress < rising:
+            return self.learning_rate * (0.1 + 0.9 * progress / rising)
+        return self.learning_rate * (1 + math.cos(math.pi * (progress - rising) / (1 - rising))) / 2
+
+    def sampled(self, examples: int) -> int:
+        """Architectures sampled for a batch of so many examples."""
+        return examples if self.architectures == "example" else min(self.architectures, examples)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device must be one that torch has here, got {name!r}") from error
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of the forward pass; "auto" takes bfloat16 where the hardware computes in it."""
+    if name == "auto":
+        if device.type == "cuda":
+            hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            hardware = device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return torch.bfloat16 if hardware else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _check(
+    name: str, value: object, *, whole: bool = False, least: float | None = None, below: float | None = None
+) -> None:
+    kinds = (int,) if whole else (int, float)
+    good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if good and isinstance(value, int | float):
+        good = (least is None or value >= least) and (below is None or value < below)
+    if not good:
+        bounds = [f">= {least}" if least is not None else "", f"< {below}" if below is not None else ""]
+        kind = "a whole number" if whole else "a number"
+        raise ConfigError(f"{name} must be {kind} {' and '.join(filter(None, bounds))}".rstrip() + f", got {value!r}")

@@ -1,0 +1,67 @@
+"""Numbers for people: SI prefixes, units, shares and durations; a no-break space keeps number and unit together."""
+
+from __future__ import annotations
+
+SPACE = "\u00a0"
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+PLURALS = {"MAC": "MACs", "parameter": "parameters", "step": "steps", "byte": "bytes", "B": "bytes"}
+
+
+def si(value: float, digits: int = 3) -> str:
+    """`9818112` as "9.82 M", with so many significant digits."""
+    rounded = float(f"{value:.{digits}g}")
+    for scale, prefix in PREFIXES:
+        if abs(rounded) >= scale:
+            return f"{rounded / scale:.{digits}g}{SPACE}{prefix}"
+    return f"{rounded:.{digits}g}"
+
+
+def apart(value: float, limit: float) -> tuple[str, str]:
+    """Both numbers with just as many digits as it takes to tell them apart, 3 to 9."""
+    for digits in range(3, 9):
+        if value == limit or si(value, digits) != si(limit, digits):
+            return si(value, digits), si(limit, digits)
+    return si(value, 9), si(limit, 9)
+
+
+def exact(value: float) -> str:
+    """Every digit of a count, in groups of three; other numbers with 6 digits."""
+    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.6g}"
+
+
+def with_unit(value: float, unit: str) -> str:
+    """`9818112, "MAC"` as "9.82 M MAC"."""
+    return f"{si(value)}{SPACE}{unit}"
+
+
+def plural(unit: str) -> str:
+    """The unit as a word in a sentence."""
+    return PLURALS.get(unit, unit)
+
+
+def share(value: float, whole: float | None) -> str | None:
+    """`1, 4` as "25 %"; None without a whole."""
+    return percent(value / whole) if whole else None
+
+
+def percent(ratio: float) -> str:
+    """`0.9861` as "98.6 %"; two more digits close to 0."""
+    digits = 1 if abs(ratio) >= 0.0095 or ratio == 0 else 3
+    text = f"{100 * ratio:.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.')}{SPACE}%"
+
+
+def duration(seconds: float) -> str:
+    """`3805` as "1 h 3 min"."""
+    if seconds < 60:
+        return f"{seconds:.3g}{SPACE}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}{SPACE}h{SPACE}{minutes}{SPACE}min"
+    return f"{minutes}{SPACE}min{SPACE}{rest}{SPACE}s"
+
+
+def shape(sizes: tuple[int, ...]) -> str:
+    """`(16, 32, 32)` as "16 × 32 × 32"."""
+    return "\u202f×\u202f".join(map(str, sizes))

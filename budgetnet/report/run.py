@@ -1,0 +1,304 @@
+"""A run folder as frozen values: its options, epochs, architecture and, once there is one, its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from budgetnet.errors import FileError
+from budgetnet.report.records import Record, read_json, read_lines
+
+FARTHEST = 1e5
+"""Largest coordinate of a node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How well a network does on some examples; None for what was not measured."""
+
+    loss: float | None
+    accuracy: float | None
+    mean_iou: float | None
+
+    @classmethod
+    def read(cls, record: Record | None) -> Quality | None:
+        """None where nothing was measured."""
+        if record is None:
+            return None
+        return cls(**{key: record.maybe_number(key) for key in ("loss", "accuracy", "mean_iou")})
+
+    @property
+    def best(self) -> float | None:
+        """What networks are compared by: mean IoU where there is one, else accuracy."""
+        return self.accuracy if self.mean_iou is None else self.mean_iou
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """One budget during one epoch; costs in `unit`."""
+
+    cost: str
+    unit: str
+    limit: float
+    target: float | None  # the annealed limit of this epoch
+    sampled: float | None  # mean over the sampled architectures
+    mode: float | None  # of the most probable architecture
+    price: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One line of metrics.jsonl."""
+
+    epoch: int
+    phase: str
+    images_seen: float
+    seconds: float
+    train: Quality
+    validation: Quality | None
+    entropy: float | None  # nats, mean over the gates
+    connected: float | None  # share of samples that reach the output
+    budgets: tuple[Price, ...]
+
+    @classmethod
+    def read(cls, record: Record) -> Epoch:
+        """Reads one line."""
+        train = Quality.read(record.record("train"))
+        assert train is not None
+        return cls(
+            epoch=record.whole("epoch"),
+            phase=record.text("phase"),
+            images_seen=record.number("images_seen"),
+            seconds=record.number("seconds"),
+            train=train,
+            validation=Quality.read(record.maybe_record("validation")),
+            entropy=record.maybe_number("entropy"),
+            connected=record.maybe_number("connected"),
+            budgets=tuple(
+                Price(
+                    cost=budget.text("cost"),
+                    unit=budget.text("unit"),
+                    limit=budget.number("limit"),
+                    **{key: budget.maybe_number(key) for key in ("target", "sampled", "mode", "price")},
+                )
+                for budget in record.records("budgets")
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A layer: where it is drawn and the shape of its value."""
+
+    name: str
+    position: tuple[float, ...]  # (column, row)
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """A module between two layers, by their indices."""
+
+    name: str
+    source: int
+    target: int
+    kind: str
+    fixed: bool
+    kept: bool
+    used: bool  # kept and on a path from input to output
+    probability: float | None
+    costs: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The super network and what was kept of it."""
+
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+
+    @classmethod
+    def read(cls, record: Record) -> Architecture:
+        """Reads architecture.json.
+
+        Raises:
+            FileError: an edge ends at no node, or a node lies too far out.
+        """
+        nodes = []
+        for node in record.records("nodes"):
+            position = node.numbers("position", 2)
+            if any(abs(value) > FARTHEST for value in position):
+                raise FileError(f'{node.file}: "{node.place}position" must lie within {FARTHEST:g}, got {position}')
+            shape = tuple(int(value) for value in node.numbers("shape"))
+            nodes.append(Node(name=node.text("name"), position=position, shape=shape))
+        edges = []
+        for edge in record.records("edges"):
+            for key in ("source", "target"):
+                if not 0 <= edge.whole(key) < len(nodes):
+                    raise FileError(
+                        f'{edge.file}: "{edge.place}{key}" must be a node, 0..{len(nodes) - 1}, got {edge.whole(key)}'
+                    )
+            edges.append(
+                Edge(
+                    **{key: edge.text(key) for key in ("name", "kind")},
+                    **{key: edge.whole(key) for key in ("source", "target")},
+                    **{key: edge.flag(key) for key in ("fixed", "kept", "used")},
+                    probability=edge.maybe_number("probability"),
+                    costs=edge.costs("costs"),
+                )
+            )
+        return cls(nodes=tuple(nodes), edges=tuple(edges))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One budget of the returned network."""
+
+    cost: str
+    unit: str
+    limit: float
+    value: float
+    at_most: bool  # False for a target from either side
+    met: bool
+
+    @property
+    def kept(self) -> bool:
+        """Whether the file says so and, for an upper limit, its own numbers agree."""
+        return self.met and not (self.at_most and self.value > self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One of the architectures that were compared at the end."""
+
+    costs: dict[str, float]
+    validation: float | None
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What the run returned."""
+
+    seed: int
+    images_seen: float
+    seconds: float
+    budgets: tuple[Outcome, ...]
+    full: dict[str, float]
+    network: dict[str, float]
+    latency: Record | None
+    validation: Quality | None
+    test: Quality | None
+    equivalence: dict[str, float]
+    candidates: tuple[Candidate, ...]
+
+    @classmethod
+    def read(cls, record: Record, asked: list[str]) -> Result:
+        """Reads result.json; `asked` are the budgets as they were given, which say what is a target."""
+        budgets = record.records("budgets")
+        signs = asked if len(asked) == len(budgets) else [""] * len(budgets)
+        return cls(
+            seed=record.whole("seed"),
+            images_seen=record.number("images_seen"),
+            seconds=record.number("seconds"),
+            budgets=tuple(
+                Outcome(
+                    cost=budget.text("cost"),
+                    unit=budget.text("unit"),
+                    limit=budget.number("limit"),
+                    value=budget.number("value"),
+                    at_most="~=" not in sign,
+                    met=budget.flag("met"),
+                )
+                for budget, sign in zip(budgets, signs, strict=True)
+            ),
+            full=record.costs("full"),
+            network=record.costs("network"),
+            latency=record.record("network").maybe_record("latency_ms"),
+            validation=Quality.read(record.maybe_record("validation")),
+            test=Quality.read(record.maybe_record("test")),
+            equivalence={} if record.maybe_record("equivalence") is None else record.costs("equivalence"),
+            candidates=tuple(
+                Candidate(
+                    costs=candidate.costs("costs"),
+                    validation=_validation(candidate),
+                    chosen=candidate.flag("chosen"),
+                )
+                for candidate in ([] if record.values.get("candidates") is None else record.records("candidates"))
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All a report shows.
+
+    Attributes:
+        folder: the run folder.
+        options: what was asked, where and with which versions.
+        epochs: one value an epoch; empty before the first is over.
+        architecture: None before it is written.
+        result: None while the run goes on.
+    """
+
+    folder: Path
+    options: Record
+    epochs: tuple[Epoch, ...]
+    architecture: Architecture | None
+    result: Result | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Reads a run folder; only options.json has to be there.
+
+        Raises:
+            FileError: a file is missing or not of its layout; the line names the file and the key.
+        """
+        if not folder.is_dir():
+            raise FileError(f"{folder} must be a run folder, and there is none")
+        options = read_json(folder / "options.json")
+        for key in ("command", "budgetnet", "torch", "created", "machine"):
+            options.text(key)
+        options.whole("threads")
+        for key in ("space", "data"):
+            options.record(key).text("name")
+        options.record("space").record("options")
+        options.record("search")
+        metrics, shape, end = (folder / name for name in ("metrics.jsonl", "architecture.json", "result.json"))
+        lines = map(Epoch.read, read_lines(metrics) if metrics.exists() else [])
+        epochs = {(line.phase, line.epoch): line for line in lines}  # a resumed run writes an epoch again
+        return cls(
+            folder=folder,
+            options=options,
+            epochs=tuple(epochs.values()),
+            architecture=Architecture.read(read_json(shape)) if shape.exists() else None,
+            result=Result.read(read_json(end), options.texts("budgets")) if end.exists() else None,
+        )
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def space(self) -> str:
+        """The search space's name."""
+        return self.options.record("space").text("name")
+
+    @property
+    def data(self) -> str:
+        """The dataset's name."""
+        return self.options.record("data").text("name")
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """The options of the search."""
+        return self.options.record("search").values
+
+
+def _validation(candidate: Record) -> float | None:
+    if isinstance(candidate.values.get("validation"), dict):
+        quality = Quality.read(candidate.record("validation"))
+        return None if quality is None else quality.best
+    return candidate.maybe_number("validation")

@@ -1,0 +1,129 @@
+"""Choosing among architectures: the Pareto front, and the most probable ones that keep the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from budgetnet.budgets import BoundBudget
+from budgetnet.errors import UnreachableBudget
+from budgetnet.sites import log_prob
+from budgetnet.supernet import SuperNetwork
+
+
+def pareto_front(cost: Tensor, quality: Tensor) -> Tensor:
+    """Which of n points no other beats: lower or equal cost and higher or equal quality, one of them strictly.
+
+    Args:
+        cost: `(n,)`, lower is better.
+        quality: `(n,)`, higher is better.
+
+    Returns:
+        `(n,)` bool.
+
+    Source: BSN, section 4.2 and appendix ("Model Selection Protocol").
+    """
+    better = (cost[:, None] <= cost) & (quality[:, None] >= quality)
+    strictly = (cost[:, None] < cost) | (quality[:, None] > quality)
+    return ~(better & strictly).any(dim=0)
+
+
+def keeps(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor) -> Tensor:
+    """Whether `(B, G)` architectures connect input and output and keep every budget, `(B,)` bool."""
+    used = network.used(kept)
+    good = used.any(dim=1)
+    for budget in budgets:
+        good = good & budget.met(budget.model(used))
+    return good
+
+
+def probable(
+    network: SuperNetwork,
+    budgets: Sequence[BoundBudget],
+    *,
+    count: int,
+    generator: torch.Generator,
+    samples: int = 4096,
+) -> Tensor:
+    """Candidates that keep every budget: the mode, mended where it does not, and the most probable samples.
+
+    Args:
+        network: its gates say what is probable.
+        budgets: all must be kept.
+        count: largest number of candidates, >= 1.
+        generator: draws the samples, on the CPU.
+        samples: architectures drawn.
+
+    Returns:
+        `(n, G)` different architectures, 1 <= n <= count; gates that are not used are off.
+
+    Raises:
+        UnreachableBudget: none was found that keeps all budgets together.
+    """
+    logits = network.gates.logits.detach().cpu()
+    mode = (logits > 0).float()[None]
+    mended = mend(network, budgets, mode, logits)
+    drawn = torch.bernoulli(logits.sigmoid().expand(samples, -1), generator=generator)
+    drawn = trimmed(network, drawn[keeps(network, budgets, drawn)])
+    score = log_prob(logits, drawn, network.relevant(drawn))
+    pool = torch.cat([*mended, drawn[score.argsort(descending=True, stable=True)]])
+    unique = list({tuple(row): None for row in pool.tolist()})[:count]  # in order
+    if not unique:
+        tightest = min(budgets, key=lambda budget: budget.limit / budget.full)
+        raise UnreachableBudget(
+            f"no architecture of {network.name} was found that keeps all budgets; the tightest is "
+            f"{tightest.name} at {tightest.limit:.6g} {tightest.unit}"
+        )
+    return torch.tensor(unique)
+
+
+def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> list[Tensor]:
+    """Nearest architectures to `(1, G)` `kept` that keep the budgets: cut down to them, and filled up again.
+
+    The least probable used gates go first, then the most probable ones come back while all still fits.
+    Where cutting cannot reach the budgets it starts from the most probable path and each budget's cheapest one.
+    """
+    weights = [0.0] * len(network.graph.edges)
+    for column, edge in enumerate(network.columns):
+        weights[edge] = float(torch.nn.functional.softplus(-logits[column]))  # - log p
+    path = network.graph.cheapest_path(weights)
+    likely = torch.tensor([[float(edge in path) for edge in network.columns]])
+    starts = [kept, torch.maximum(kept, likely), likely, *(budget.cheapest(network) for budget in budgets)]
+    for start in starts:
+        cut = _cut(network, budgets, trimmed(network, start), logits)
+        if cut is not None:
+            return [cut, _filled(network, budgets, cut, logits)]
+    return []
+
+
+def trimmed(network: SuperNetwork, kept: Tensor) -> Tensor:
+    """The same architectures with every unused gate off."""
+    return network.used(kept)[:, list(network.columns)]
+
+
+def _cut(
+    network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor
+) -> Tensor | None:
+    while not bool(keeps(network, budgets, kept)[0]):
+        used = kept[0].nonzero().flatten()
+        used = used[logits[used].argsort(stable=True)]
+        without = kept.repeat(len(used), 1)
+        without[torch.arange(len(used)), used] = 0
+        connected = network.used(without).any(dim=1)
+        if not bool(connected.any()):
+            return None
+        kept = trimmed(network, without[int(connected.nonzero()[0])][None])
+    return kept
+
+
+def _filled(
+    network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor
+) -> Tensor:
+    for gate in logits.argsort(descending=True, stable=True).tolist():
+        more = kept.clone()
+        more[0, gate] = 1
+        if bool(keeps(network, budgets, more)[0]):
+            kept = more
+    return trimmed(network, kept)
