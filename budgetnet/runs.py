@@ -40,7 +40,7 @@ class RunFolder:
         if not resume:
             raise ConfigError(f"{self.path} holds a run already: resume it (--resume) or choose another folder (--out)")
         before = self.read("options.json")
-        for key in ("space", "data", "budgets", "search"):
+        for key in ("space", "data", "budgets", "architecture", "search"):
             name, old, new = _first_difference(key, before.get(key), json.loads(json.dumps(options[key])))
             if name:
                 raise ConfigError(f"{self.path} was begun with {name} {old!r}; to resume it give the same, got {new!r}")

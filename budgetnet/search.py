@@ -76,6 +76,7 @@ def search(
     budgets: Sequence[Budget | str],
     options: SearchOptions | None = None,
     *,
+    architecture: str | Tensor | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     command: str | None = None,
@@ -88,6 +89,8 @@ def search(
         data: its training images learn, its validation images choose, its test images are looked at once.
         budgets: at least one; texts are read by `Budget.parse`.
         options: None for the defaults.
+        architecture: a name or `(1, G)` bits: train this one on the same schedule in place of searching, as
+            a baseline; budgets may then be empty.
         out: the run folder; None for a new one under `runs/`.
         resume: take up the run in `out` where it was stopped.
         command: what the user typed, kept with the run.
@@ -100,7 +103,7 @@ def search(
     """
     options = options or SearchOptions()
     check_fit(space, data)
-    if not budgets:
+    if not budgets and architecture is None:
         raise ConfigError("a search needs at least one budget, such as macs<=25%, got none")
     asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
     network = copy.deepcopy(space)
@@ -111,8 +114,11 @@ def search(
     device = resolve_device(options.device)
     dtype = resolve_precision(options.precision, device)
     run = RunFolder(out if out is not None else next_folder(Path("runs"), f"{data.name}-{space.name}"))
-    run.create(provenance(space, data, asked, options, command, device, dtype), resume=resume)
+    fixed = space.architecture(architecture) if isinstance(architecture, str) else architecture
+    asked_for = provenance(space, data, asked, options, fixed, command, device, dtype)
+    run.create(asked_for, resume=resume)
     learner = Learner(network, bound, options, ignore=data.ignore, device=device, dtype=dtype)
+    learner.chosen = fixed
     session = Session(run, data, learner, options)
     if progress:
         progress.begin(limits, options)
@@ -135,6 +141,11 @@ class Session:
         self.sums = Sums()
         self.images, self.seconds = 0, 0.0
         self.candidates: list[dict[str, Any]] = []
+        self.fixed = learner.chosen is not None  # no search: this architecture is trained from the start
+
+    def phase(self) -> str:
+        """What this epoch is for."""
+        return "finetune" if self.fixed else self.options.phase(self.epoch)
 
     def take_up(self) -> None:
         """Goes to where the last checkpoint was written."""
@@ -158,8 +169,8 @@ class Session:
 
     def run_epoch(self, progress: Progress | None) -> None:
         """One pass over the training images in the phase whose turn it is, a look at the validation data, a checkpoint."""
-        phase, batches, started = self.options.phase(self.epoch), len(self.train), time.monotonic()
-        if phase != "warmup" and not self.learner.starts:
+        phase, batches, started = self.phase(), len(self.train), time.monotonic()
+        if phase == "search" and not self.learner.starts:
             self.learner.begin_search()
         if phase == "finetune" and self.learner.chosen is None:
             self.choose()
@@ -248,7 +259,10 @@ class Session:
             for place, quality in enumerate(qualities)
         ]  # fmt: skip
         self.learner.chosen = pool[best : best + 1]
-        used = used[best : best + 1]
+        self.settle(used[best : best + 1])
+
+    def settle(self, used: Tensor) -> None:
+        """Sets the batch norms of an architecture, `(1, E)` used edges, to what its own activations are."""
         batches = islice(self.train.epoch(self.epoch), self.options.recalibration)
         recalibrate(self.network, self.predict(lambda x: self.network.run(x, used)), batches)
 
@@ -260,10 +274,11 @@ class Session:
             self.choose()
         kept = self.learner.chosen
         assert kept is not None
-        if not bool(keeps(self.network, self.budgets, kept)[0]):
+        if not self.fixed and not bool(keeps(self.network, self.budgets, kept)[0]):
             raise FileError(f"the architecture in the checkpoint of {self.run.path} does not keep the budgets")
         started = time.monotonic()
         used = self.network.used(kept)
+        self.settle(used)
         plain = extract(self.network, kept).eval()
         validation = self.quality(self.predict(plain), self.validation)
         test_batches = Batches(
@@ -356,8 +371,8 @@ def check_fit(space: SuperNetwork, data: Dataset) -> None:
 
 
 def provenance(
-    space: SuperNetwork, data: Dataset, budgets: Sequence[Budget], options: SearchOptions, command: str | None,
-    device: torch.device, dtype: torch.dtype,
+    space: SuperNetwork, data: Dataset, budgets: Sequence[Budget], options: SearchOptions, fixed: Tensor | None,
+    command: str | None, device: torch.device, dtype: torch.dtype,
 ) -> dict[str, Any]:  # fmt: skip
     """What options.json holds: all that was asked, and where it ran."""
     return {
@@ -375,6 +390,7 @@ def provenance(
             "train": len(data.train), "validation": len(data.validation), "test": len(data.test),
         },
         "budgets": [str(budget) for budget in budgets],
+        "architecture": None if fixed is None else "".join(str(int(bit)) for bit in fixed[0].tolist()),
         "search": asdict(options),
     }  # fmt: skip
 

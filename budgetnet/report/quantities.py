@@ -45,8 +45,8 @@ def share(value: float, whole: float | None) -> str | None:
 
 
 def percent(ratio: float) -> str:
-    """`0.9861` as "98.6 %"; two more digits close to 0."""
-    digits = 1 if abs(ratio) >= 0.0095 or ratio == 0 else 3
+    """`0.9861` as "98.6 %"; two more digits close to 0 and to 1, where they make a difference."""
+    digits = 1 if ratio in (0, 1) or (abs(ratio) >= 0.0095 and abs(ratio - 1) >= 0.0005) else 3
     text = f"{100 * ratio:.{digits}f}"
     return f"{text.rstrip('0').rstrip('.')}{SPACE}%"
 

@@ -141,9 +141,13 @@ class Architecture:
                     )
             edges.append(
                 Edge(
-                    **{key: edge.text(key) for key in ("name", "kind")},
-                    **{key: edge.whole(key) for key in ("source", "target")},
-                    **{key: edge.flag(key) for key in ("fixed", "kept", "used")},
+                    name=edge.text("name"),
+                    source=edge.whole("source"),
+                    target=edge.whole("target"),
+                    kind=edge.text("kind"),
+                    fixed=edge.flag("fixed"),
+                    kept=edge.flag("kept"),
+                    used=edge.flag("used"),
                     probability=edge.maybe_number("probability"),
                     costs=edge.costs("costs"),
                 )

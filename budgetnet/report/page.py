@@ -1,0 +1,206 @@
+"""The page: what a run says in words, tables and figures, written as one file that needs no other."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go  # type: ignore[import-untyped]
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+
+from budgetnet.errors import ConfigError, FileError
+from budgetnet.report import figures, quantities
+from budgetnet.report.network import draw, shares
+from budgetnet.report.quantities import duration, exact, percent, plural, share, si
+from budgetnet.report.run import Architecture, Run
+from budgetnet.report.words import headline, outcomes, quality, verdict
+
+
+def write(run: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Writes the report of one run, or of several beside each other.
+
+    Args:
+        run: a run folder, finished or not, or several of them.
+        out: the file to write; None for `report.html` in the folder of a single run.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ConfigError: there is no run, or there are several and no `out`.
+        FileError: a file of a run is missing or not of its layout, or `out` cannot be written.
+    """
+    folders = [Path(run)] if isinstance(run, (str, Path)) else [Path(folder) for folder in run]
+    if not folders:
+        raise ConfigError("a report needs at least one run folder, got none")
+    if out is None and len(folders) > 1:
+        raise ConfigError(f"the report of several runs needs a file to write to (out), got none for {len(folders)} runs")
+    path = folders[0] / "report.html" if out is None else Path(out)
+    page = render([Run.read(folder) for folder in folders])
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise FileError(f"{path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as HTML: the comparison first where there are several runs, then a section for each."""
+    environment = Environment(
+        loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"si": si, "exact": exact, "percent": percent, "duration": duration}
+    environment.filters["plotted"] = plotted
+    return environment.get_template("template.html.j2").render(
+        runs=[section(run) for run in runs],
+        comparison=compare(runs) if len(runs) > 1 else None,
+        style=Markup(_part("style.css")),  # our own file
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def section(run: Run) -> dict[str, Any]:
+    """What the template shows of one run."""
+    result, architecture = run.result, run.architecture
+    rows = outcomes(run)
+    first = rows[0] if rows else None
+    candidates = result.candidates if result and first else ()
+    return {
+        "run": run,
+        "headline": headline(run),
+        "verdict": verdict(run),
+        "budgets": rows,
+        "drawing": draw(architecture) if architecture and architecture.nodes else None,
+        "choices": [sum(edge.used for edge in choices), len(choices)] if (choices := _choices(architecture)) else None,
+        "dynamics": figures.dynamics(run.epochs) if run.epochs else None,
+        "choice": figures.choice(candidates, first.cost, first.unit, first.limit) if first and candidates else None,
+        "edges": edge_table(architecture) if architecture else None,
+        "evidence": evidence(run),
+        "provenance": provenance(run),
+        "options": {
+            "search": _shown(run.search),
+            "space": _shown(run.options.record("space").record("options").values),
+            "data": _shown(run.options.record("data").values),
+        },
+    }
+
+
+def compare(runs: Sequence[Run]) -> dict[str, Any]:
+    """The table and the scatter of several runs; by the first run's first budget where all returned ones know its cost."""
+    finished = [run for run in runs if run.result is not None]
+    cost, unit = "macs", "MAC"
+    for outcome in outcomes(runs[0])[:1]:
+        if all(figures.cost_of(run, outcome.cost) is not None for run in finished):
+            cost, unit = outcome.cost, outcome.unit
+    rows = [
+        {
+            "run": run,
+            "verdict": verdict(run),
+            "budgets": outcomes(run),
+            "network": run.result.network if run.result else {},
+            "latency": _milliseconds(run),
+            "validation": quality(run.result.validation) if run.result else None,
+            "test": quality(run.result.test) if run.result else None,
+            "seed": run.result.seed if run.result else None,
+        }
+        for run in runs
+    ]
+    kept = sum(run.result is not None and verdict(run)[0] == "kept" for run in runs)
+    return {
+        "rows": rows,
+        "kept": kept,
+        "finished": len(finished),
+        "figure": figures.comparison(runs, cost, unit) if finished else None,
+    }
+
+
+def edge_table(architecture: Architecture) -> dict[str, Any]:
+    """The used edges, the most costly first, with all their costs and their share of the first."""
+    parts, cost = shares(architecture.edges)
+    used = [(part, edge) for part, edge in zip(parts, architecture.edges, strict=True) if edge.used]
+    names = list(dict.fromkeys(name for _, edge in used for name in edge.costs))
+    return {
+        "names": names,
+        "by": cost,
+        "rows": sorted(used, key=lambda row: (-row[0], row[1].name)),
+        "sums": {name: sum(edge.costs.get(name, 0.0) for _, edge in used) for name in names},
+    }
+
+
+def evidence(run: Run) -> list[tuple[str, str]]:
+    """What was checked and measured on the returned network."""
+    if run.result is None:
+        return []
+    sources = {"extracted": "Extracted network", "onnx": "ONNX file", "pt2": "torch.export file"}
+    rows = [
+        (f"{sources.get(name, name)} against the searched one", f"outputs differ by at most {difference:.2g}")
+        for name, difference in run.result.equivalence.items()
+    ]
+    if latency := run.result.latency:
+        median, low, high = (latency.number(key) for key in ("median", "p10", "p90"))
+        threads, batch = latency.whole("threads"), latency.whole("batch")
+        spread = f"{median:.3g} ms (10th to 90th percentile {low:.3g} to {high:.3g} ms)"
+        how = f"{latency.text('runtime')}, {threads} {'thread' if threads == 1 else 'threads'}, batch of {batch}"
+        rows.append(("Latency, median", f"{spread} in {how}"))
+    for cost, unit in (("macs", "MAC"), ("params", "parameter"), ("memory", "byte")):
+        if cost in run.result.network:
+            value, full = run.result.network[cost], run.result.full.get(cost)
+            part = f", {share(value, full)} of the full super network's {si(full)}" if full else ""
+            rows.append((cost if cost != "macs" else "MACs", f"{exact(value)} {plural(unit)}{part}"))
+    for name, measured in (("Validation", run.result.validation), ("Test", run.result.test)):
+        if (words := quality(measured)) is not None:
+            rows.append((f"{name} data", words))
+    return rows
+
+
+def provenance(run: Run) -> list[tuple[str, str]]:
+    """Where the run comes from and how long it took."""
+    options, last = run.options, run.epochs[-1] if run.epochs else None
+    images = run.result.images_seen if run.result else last.images_seen if last else None
+    seconds = run.result.seconds if run.result else sum(epoch.seconds for epoch in run.epochs)
+    rows = [
+        ("Command", options.text("command")),
+        ("Versions", f"budgetnet {options.text('budgetnet')}, torch {options.text('torch')}"),
+        ("Machine", f"{options.text('machine')}, {options.whole('threads')} threads"),
+        ("Started", options.text("created")),
+        ("Time", duration(seconds)),
+    ]
+    if images is not None:
+        rows.append(("Images seen", f"{si(images)} in {len(run.epochs)} epochs"))
+    if run.result is not None:
+        rows.append(("Seed", str(run.result.seed)))
+    return rows
+
+
+def plotted(figure: go.Figure) -> Markup:
+    """A figure as JSON that stands inside a script element: nothing in it can end the element."""
+    text = json.dumps(json.loads(figure.to_json()), separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def _part(name: str) -> str:
+    return files(quantities.__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _choices(architecture: Architecture | None) -> list[Any]:
+    return [edge for edge in architecture.edges if not edge.fixed] if architecture else []
+
+
+def _milliseconds(run: Run) -> float | None:
+    latency = run.result.latency if run.result else None
+    return latency.number("median") if latency else None
+
+
+def _shown(options: dict[str, Any]) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
