@@ -5,11 +5,23 @@ from budgetnet.budgets import Budget
 from budgetnet.export import export
 from budgetnet.extraction import extract
 from budgetnet.options import SearchOptions
-from budgetnet.search import Found, search
+from budgetnet.search import search
+from budgetnet.session import Found
 from budgetnet.supernet import Edge, Node, SuperNetwork
-from budgetnet.version import VERSION as __version__
+from budgetnet.version import __version__
 
 __all__ = [
-    "Budget", "Edge", "Found", "Node", "SearchOptions", "SuperNetwork", "__version__", "costs", "data", "export",
-    "extract", "search", "spaces",
-]  # fmt: skip
+    "Budget",
+    "Edge",
+    "Found",
+    "Node",
+    "SearchOptions",
+    "SuperNetwork",
+    "__version__",
+    "costs",
+    "data",
+    "export",
+    "extract",
+    "search",
+    "spaces",
+]

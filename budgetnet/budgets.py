@@ -215,9 +215,15 @@ def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> li
             )
         expected = float(budget.model(sampled).mean())
         rows.append(
-            {"cost": budget.name, "unit": budget.unit, "limit": budget.limit, "smallest": smallest,
-             "expected": expected, "full": budget.full}
-        )  # fmt: skip
+            {
+                "cost": budget.name,
+                "unit": budget.unit,
+                "limit": budget.limit,
+                "smallest": smallest,
+                "expected": expected,
+                "full": budget.full,
+            }
+        )
     return rows
 
 

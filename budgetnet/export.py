@@ -87,9 +87,7 @@ def difference(a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor], x: 
 
 
 @torch.no_grad()
-def latency(
-    run: Callable[[Tensor], Tensor], x: Tensor, *, runs: int = 200, warm_up: int = 20
-) -> dict[str, float]:
+def latency(run: Callable[[Tensor], Tensor], x: Tensor, *, runs: int = 200, warm_up: int = 20) -> dict[str, float]:
     """Milliseconds of `run(x)`: median, 10th and 90th percentile of `runs` calls after a warm-up."""
     for _ in range(warm_up):
         run(x)

@@ -46,7 +46,7 @@ class Graph:
             raise GraphError(f"input and output must be two nodes, got {name[self.source]!r} for both")
         if len(set(name)) < count:
             raise GraphError(f"node names must differ, got {', '.join(name)}")
-        self.order  # raises where there is a cycle
+        _ = self.order  # raises where there is a cycle
         for node in range(count):
             entered, left = bool(self.incoming[node]), bool(self.outgoing[node])
             if node == self.source and entered:

@@ -23,9 +23,7 @@ def squared(excess: Tensor) -> Tensor:
     return excess**2
 
 
-def score_function_loss(
-    loss: Tensor, penalty: Tensor, log_prob: Tensor, *, baseline: str = "leave-one-out"
-) -> Tensor:
+def score_function_loss(loss: Tensor, penalty: Tensor, log_prob: Tensor, *, baseline: str = "leave-one-out") -> Tensor:
     """Scalar whose gradient estimates that of `E[loss + penalty]`.
 
     The gradient with respect to the weights is that of the mean loss; with respect to the gates it

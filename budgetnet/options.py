@@ -122,7 +122,7 @@ class SearchOptions:
         return round(self.finetune * self.epochs)
 
     def phase(self, epoch: int) -> str:
-        """"warmup", "search" or "finetune"."""
+        """What an epoch is for: "warmup", "search" or "finetune"."""
         if epoch < self.warmup_epochs:
             return "warmup"
         return "search" if epoch < self.epochs - self.finetune_epochs else "finetune"

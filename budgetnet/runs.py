@@ -1,4 +1,4 @@
-"""A run folder: what was asked, what happened epoch by epoch, where it stands, what came out. Files are data, never code."""
+"""A run folder: what was asked, what happened, where it stands, what came out. Files are data, never code."""
 
 from __future__ import annotations
 

@@ -103,9 +103,7 @@ def trimmed(network: SuperNetwork, kept: Tensor) -> Tensor:
     return network.used(kept)[:, list(network.columns)]
 
 
-def _cut(
-    network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor
-) -> Tensor | None:
+def _cut(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> Tensor | None:
     while not bool(keeps(network, budgets, kept)[0]):
         used = kept[0].nonzero().flatten()
         used = used[logits[used].argsort(stable=True)]
@@ -118,9 +116,7 @@ def _cut(
     return kept
 
 
-def _filled(
-    network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor
-) -> Tensor:
+def _filled(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> Tensor:
     for gate in logits.argsort(descending=True, stable=True).tolist():
         more = kept.clone()
         more[0, gate] = 1

@@ -56,6 +56,7 @@ class Sample:
             raise ConfigError(f"architectures must be >= 1, got {self.architectures}")
 
     def __call__(self, logits: Tensor, columns: slice) -> Tensor:
+        """Draws `(B, n)` decisions."""
         probability = rows(logits, self.architectures).detach().sigmoid()
         return torch.bernoulli(probability, generator=self.generator)
 
@@ -74,6 +75,7 @@ class Threshold:
             raise ConfigError(f"tau must lie in [0, 1], got {self.tau}")
 
     def __call__(self, logits: Tensor, columns: slice) -> Tensor:
+        """Decides `(B, n)`, B = 1 where the logits are shared."""
         return (rows(logits, 1).detach().sigmoid() > self.tau).to(logits.dtype)
 
 
@@ -82,6 +84,7 @@ class AlwaysOn:
     """Keeps every gate: the full network, as during warm-up."""
 
     def __call__(self, logits: Tensor, columns: slice) -> Tensor:
+        """Keeps all, `(B, n)`."""
         return torch.ones_like(rows(logits, 1).detach())
 
 
@@ -92,6 +95,7 @@ class Fixed:
     kept: Tensor
 
     def __call__(self, logits: Tensor, columns: slice) -> Tensor:
+        """The given decisions at this site."""
         return self.kept[:, columns].to(logits)
 
 

@@ -267,7 +267,7 @@ class Rows:
     def pieces(self) -> dict[int, Tensor]:
         """The rows of each owner; cut once, so that the backward pass joins them once."""
         if not self._pieces:
-            cut = self.whole.split([self.sizes[owner] for owner in self.owners])
+            cut = torch.split(self.whole, [self.sizes[owner] for owner in self.owners])
             self._pieces = dict(zip(self.owners, cut, strict=True))
         return self._pieces
 
@@ -284,7 +284,8 @@ class Rows:
             for givers, run in groupby(owners, lambda owner: tuple(i for i, own in enumerate(held) if owner in own))
         ]
         cuts = [
-            iter(part.whole.split([size for givers, size in runs if i in givers])) for i, part in enumerate(parts)
+            iter(torch.split(part.whole, [size for givers, size in runs if i in givers]))
+            for i, part in enumerate(parts)
         ]
         return Rows(torch.cat([reduce(add, [next(cuts[i]) for i in givers]) for givers, _ in runs]), owners, sizes)
 

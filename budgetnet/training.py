@@ -52,14 +52,18 @@ class Learner:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network
         self.budgets, self.options, self.ignore = tuple(budgets), options, ignore
         self.device, self.dtype = device, dtype
         weights = [value for name, value in network.named_parameters() if not name.startswith("gates.")]
         self.optimizer = torch.optim.SGD(
-            weights, lr=options.learning_rate, momentum=options.momentum, nesterov=options.momentum > 0,
+            weights,
+            lr=options.learning_rate,
+            momentum=options.momentum,
+            nesterov=options.momentum > 0,
             weight_decay=options.weight_decay,
-        )  # fmt: skip
+        )
         kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
         self.gate_optimizer = kinds[options.gate_optimizer](network.gates.parameters(), lr=options.gate_rate)
         fixed = None if options.price == "dual" else options.price
@@ -89,12 +93,14 @@ class Learner:
         """The annealed limits, each in its cost's unit."""
         return [annealed(start, b.limit, progress) for start, b in zip(self.starts, self.budgets, strict=True)]
 
-    def step(self, x: Tensor, y: Tensor, phase: str, *, generator: torch.Generator, rate: float, progress: float,
-             sums: Sums) -> None:  # fmt: skip
+    def step(
+        self, x: Tensor, y: Tensor, phase: str, *, generator: torch.Generator, rate: float, progress: float, sums: Sums
+    ) -> None:
         """One step on a batch: the gradients of Eq. 7, or the plain loss where nothing is sampled.
 
         Args:
-            x: `(B, C, H, W)`; y: `(B,)` or `(B, H, W)`.
+            x: `(B, C, H, W)` examples.
+            y: `(B,)` classes or `(B, H, W)` masks.
             phase: of the run.
             generator: draws the architectures.
             rate: learning rate of the weights.
@@ -189,5 +195,6 @@ class Learner:
             raise FileError(f"the checkpoint must have {len(self.budgets)} prices, got {len(self.prices)}")
         self.chosen = tensors.get("chosen")
         if self.chosen is not None and self.chosen.shape != (1, len(self.network.columns)):
-            raise FileError(f"the checkpoint's 'chosen' must be (1, {len(self.network.columns)}), "
-                            f"got {tuple(self.chosen.shape)}")  # fmt: skip
+            raise FileError(
+                f"the checkpoint's 'chosen' must be (1, {len(self.network.columns)}), got {tuple(self.chosen.shape)}"
+            )

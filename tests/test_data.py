@@ -304,20 +304,20 @@ def test_cifar_binaries_cut_short_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"data_batch_2.bin has 61459 bytes, expected a multiple of 3073"):
         data.load("cifar10", root=tmp_path)
     file.write_bytes(whole[: -2 * 3073])  # between two records
-    with pytest.raises(DataError, match="training batches differ in size.*'data_batch_2': 18"):
+    with pytest.raises(DataError, match=r"training batches differ in size.*'data_batch_2': 18"):
         data.load("cifar10", root=tmp_path)
     file.write_bytes(b"\x0a" + whole[1:])
-    with pytest.raises(DataError, match="data_batch_2.bin has label 10, expected 0..9"):
+    with pytest.raises(DataError, match=r"data_batch_2.bin has label 10, expected 0..9"):
         data.load("cifar10", root=tmp_path)
 
 
 def test_incomplete_cifar_is_refused(tmp_path):
-    with pytest.raises(DataError, match="cifar100 was found neither in .* expected cifar-100-python/"):
+    with pytest.raises(DataError, match=r"cifar100 was found neither in .* expected cifar-100-python/"):
         data.load("cifar100", root=tmp_path)
     folder = tmp_path / "cifar-10-batches-py"
     write_python(folder, cifar.SETS["cifar10"])
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["cat"]}))
-    with pytest.raises(DataError, match="batches.meta names 1 classes, expected 10"):
+    with pytest.raises(DataError, match=r"batches.meta names 1 classes, expected 10"):
         data.load("cifar10", root=tmp_path)
     (folder / "test_batch").unlink()
     with pytest.raises(DataError, match="cifar-10-batches-py lacks test_batch"):
@@ -331,6 +331,14 @@ def test_cifar_archives_cut_short_are_refused(tmp_path):
         file.add(tmp_path / "written" / "cifar-10-batches-bin", "cifar-10-batches-bin")
     archive.write_bytes(archive.read_bytes()[:-1000])
     with pytest.raises(DataError, match=r"cifar-10-binary.tar.gz (cannot be read|lacks)"):
+        data.load("cifar10", root=tmp_path)
+
+
+def test_cifar_archives_are_read_from_the_published_folder_only(tmp_path):
+    write_binary(tmp_path / "written", cifar.SETS["cifar10"])
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as file:
+        file.add(tmp_path / "written", "another-folder")
+    with pytest.raises(DataError, match=r"cifar-10-binary.tar.gz lacks data_batch_1.bin, .*test_batch.bin"):
         data.load("cifar10", root=tmp_path)
 
 
@@ -388,10 +396,10 @@ def test_part_labels_errors_name_the_file(tmp_path):
     with pytest.raises(DataError, match=r"Some_Body2_0007.ppm cannot be decoded: colour \(9, 9, 9\)"):
         data.load("part-labels", root=tmp_path)
     save(mask, np.full((250, 251, 3), 9))
-    with pytest.raises(DataError, match="Some_Body2_0007.ppm is 251 x 250 pixels, its image 250 x 250"):
+    with pytest.raises(DataError, match=r"Some_Body2_0007.ppm is 251 x 250 pixels, its image 250 x 250"):
         data.load("part-labels", root=tmp_path)
     mask.unlink()
-    with pytest.raises(DataError, match="Some_Body2_0007.ppm is not there: 1 of the 2 files of parts_train.txt"):
+    with pytest.raises(DataError, match=r"Some_Body2_0007.ppm is not there: 1 of the 2 files of parts_train.txt"):
         data.load("part-labels", root=tmp_path)
     mask.write_bytes(kept)
     (base / "parts_test.txt").write_text("Some_Body5 7\nSome_Body6\n")
@@ -718,14 +726,22 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     assert set(opened.values()) == {1}  # sizes are known already, pixels are not
 
 
-def test_a_changed_file_is_decoded_again(tmp_path):
+def test_a_file_changed_to_one_of_the_same_size_is_decoded_again(tmp_path):
     class_folders(tmp_path, {"train": {"a": 5, "b": 5}, "test": {"a": 2}})
-    data.load(str(tmp_path))
-    path = tmp_path / "test" / "a" / "0.png"
+    path = tmp_path / "test" / "a" / "0.bmp"  # no compression
+    save(path, np.zeros((8, 8, 3)))
     before = path.stat()
+    data.load(str(tmp_path))
     save(path, np.full((8, 8, 3), 77))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
     assert (data.load(str(tmp_path)).test.images[0] == 77).all()
+
+
+def test_another_conversion_of_the_same_files_is_another_array(tmp_path):
+    part_labels(tmp_path)
+    corners = [data.load("part-labels", root=tmp_path, ignore=ignore).test.targets[0, 0, 0] for ignore in (None, 9, 8)]
+    assert corners == [2, 9, 8]
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-7], lambda content: b"PK" + content[2:], lambda _: b""])

@@ -43,7 +43,9 @@ class EdgeCost:
         # every used input pays its addition, then each live node gets its first one back
         cost = weigh(self.per_edge + self.per_addition[ends], columns)
         if self.per_addition.any():
-            alive = [reduce(either, [columns[edge] for edge in entering]) for entering in self.graph.incoming if entering]
+            alive = [
+                reduce(either, [columns[edge] for edge in entering]) for entering in self.graph.incoming if entering
+            ]
             back = [price for price, entering in zip(self.per_addition, self.graph.incoming, strict=True) if entering]
             cost = cost - weigh(torch.stack(back), torch.stack(alive))
         return cost
@@ -79,9 +81,11 @@ class MACs:
         """The cost of this network's architectures."""
 
         def count(module: nn.Module, shape: Shape) -> int:
-            scales = [part.scale_factor for part in module.modules() if isinstance(part, nn.Upsample)]
-            shrink = prod(int(scale or 1) ** 2 for scale in scales) if self.counting == "paper" else 1
-            return module_macs(module, shape) // shrink
+            macs = module_macs(module, shape)
+            for part in module.modules() if self.counting == "paper" else ():
+                if isinstance(part, nn.Upsample) and isinstance(part.scale_factor, int | float):
+                    macs //= int(part.scale_factor) ** 2
+            return macs
 
         additions = [prod(shape) for shape in network.shapes]
         return EdgeCost(network.graph, per_edge(network, count), as_cost(additions), self.unit)

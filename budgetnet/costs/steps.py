@@ -67,7 +67,7 @@ class StepCost:
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, E)` used edges to `(B,)` float64 cycles; 0 where nothing is used."""
         active = used.detach().to("cpu", torch.bool)
-        return torch.cat([self._schedule(chunk) for chunk in active.split(CHUNK)]).to(used.device)
+        return torch.cat([self._schedule(chunk) for chunk in torch.split(active, CHUNK)]).to(used.device)
 
     @property
     def along_path(self) -> list[float]:

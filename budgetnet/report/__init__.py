@@ -1,4 +1,4 @@
-"""The report: one self-contained page on how a network was found and that it keeps its budget, from run folders alone."""
+"""The report, from run folders alone: one page on how a network was found and that it keeps its budget."""
 
 from budgetnet.report.page import write
 

@@ -1,4 +1,4 @@
-"""The interactive figures: learning dynamics, the final choice among candidates, and several runs against each other."""
+"""The interactive figures: learning dynamics, the final choice among candidates, several runs beside each other."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
-import plotly.graph_objects as go  # type: ignore[import-untyped]
-from plotly.subplots import make_subplots  # type: ignore[import-untyped]
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from budgetnet.report.run import Candidate, Epoch, Run
 
@@ -45,7 +45,9 @@ def dynamics(epochs: Sequence[Epoch]) -> go.Figure:
 
     Source: BSN, Figure 4.
     """
-    shown = [panel for panel in panels(epochs) if any(value is not None for line in panel.curves for value in line.values)]
+    shown = [
+        panel for panel in panels(epochs) if any(value is not None for line in panel.curves for value in line.values)
+    ]
     # plotly reads `<` in a text as markup, so what a file may name is escaped here and once more in the page
     figure = make_subplots(
         rows=max(len(shown), 1),
@@ -61,7 +63,8 @@ def dynamics(epochs: Sequence[Epoch]) -> go.Figure:
             if all(value is None for value in line.values):
                 continue
             figure.add_scatter(
-                x=x, y=line.values, name=escape(line.name), row=row, col=1, legend=legend, connectgaps=line.dash == "solid",
+                x=x, y=line.values, name=escape(line.name), row=row, col=1, legend=legend,
+                connectgaps=line.dash == "solid",
                 mode="lines+markers" if len(x) <= 40 and line.dash == "solid" else "lines",
                 line={"color": line.colour, "dash": line.dash, "width": 2 if line.dash == "solid" else 1.6},
                 marker={"size": 4.5},
@@ -73,17 +76,16 @@ def dynamics(epochs: Sequence[Epoch]) -> go.Figure:
         name, shade = PHASES.get(phase, (phase, "#f1f1f1"))
         figure.add_shape(type="rect", xref="x", yref="paper", x0=start, x1=end, y0=0, y1=1, fillcolor=shade,
                          line_width=0, layer="below")  # fmt: skip
-        figure.add_annotation(x=(start + end) / 2, y=1, xref="x", yref="paper", yshift=30, showarrow=False,
+        figure.add_annotation(x=(start + end) / 2, y=1, xref="x", yref="paper", yshift=26, showarrow=False,
                               text=escape(name), font={"size": 12, "color": MUTED})  # fmt: skip
-    dress(figure, height=90 + 138 * len(shown), right=170, top=56)
-    figure.update_xaxes(range=[min(x, default=0) - 0.5, max(x, default=0) + 0.5], zeroline=False)
+    dress(figure, height=80 + 138 * len(shown), right=170, top=46)
+    figure.update_xaxes(range=[min(x, default=0) - 0.5, max(x, default=0) + 0.5])
     figure.update_xaxes(title_text="epoch", row=max(len(shown), 1), col=1)
     return figure
 
 
 def panels(epochs: Sequence[Epoch]) -> list[Panel]:
     """What is drawn, top to bottom; a panel without any value is left out later."""
-
     train, checked = [epoch.train for epoch in epochs], [epoch.validation for epoch in epochs]
     found = [
         Panel(
@@ -156,7 +158,7 @@ def choice(candidates: Sequence[Candidate], cost: str, unit: str, limit: float) 
     figure.add_vline(x=limit, line={"color": INK, "dash": "dash", "width": 1.5}, annotation_text="limit")
     dress(figure, height=300, right=120, top=30)
     figure.update_xaxes(title_text=escape(f"{cost} ({unit})"), tickformat="~s")
-    return figure.update_yaxes(title_text="validation", tickformat=".2~%")
+    return figure.update_yaxes(title_text="validation", title_standoff=8, tickformat=".2~%")
 
 
 def comparison(runs: Sequence[Run], cost: str, unit: str) -> go.Figure:
@@ -171,16 +173,18 @@ def comparison(runs: Sequence[Run], cost: str, unit: str) -> go.Figure:
         if not front or worse < front[-1][1]:
             front.append((value, worse))
     figure = go.Figure()
-    figure.add_scatter(x=[value for value, _ in front], y=[-worse for _, worse in front], mode="lines", name="Pareto front",
-                       line={"color": MUTED, "dash": "dot", "shape": "hv"}, hoverinfo="skip")  # fmt: skip
+    figure.add_scatter(x=[value for value, _ in front], y=[-worse for _, worse in front], mode="lines",
+                       name="Pareto front", line={"color": MUTED, "dash": "dot", "shape": "hv"},
+                       hoverinfo="skip")  # fmt: skip
     figure.add_scatter(
-        x=[value for value, _, _ in points], y=[-worse for _, worse, _ in points], text=[escape(name) for *_, name in points],
+        x=[value for value, _, _ in points], y=[-worse for _, worse, _ in points],
+        text=[escape(name) for *_, name in points],
         mode="markers+text" if len(points) <= 25 else "markers", textposition="top center", name="run",
         marker={"color": BLUE, "size": 9}, cliponaxis=False,
     )  # fmt: skip
     dress(figure, height=380, right=120, top=30)
     figure.update_xaxes(title_text=escape(f"{cost} ({unit})"), tickformat="~s")
-    return figure.update_yaxes(title_text="quality of the returned network", tickformat=".2~%")
+    return figure.update_yaxes(title_text="quality", title_standoff=8, tickformat=".2~%")
 
 
 def cost_of(run: Run, cost: str) -> float | None:
@@ -200,9 +204,17 @@ def quality_of(run: Run) -> float | None:
 def dress(figure: go.Figure, *, height: int, right: int, top: int) -> None:
     """The look that all figures share."""
     figure.update_layout(
-        template="none", height=height, autosize=True, margin={"l": 64, "r": right, "t": top, "b": 46},
+        template="none", height=height, autosize=True, margin={"l": 68, "r": right, "t": top, "b": 46},
         font={"family": FONT, "size": 12, "color": INK}, plot_bgcolor="rgba(0,0,0,0)", paper_bgcolor="rgba(0,0,0,0)",
         hovermode="closest",
     )  # fmt: skip
-    figure.update_xaxes(showgrid=False, showline=True, linecolor="#aab2bd", ticks="outside", ticklen=4, tickcolor="#aab2bd")
+    figure.update_xaxes(
+        showgrid=False,
+        zeroline=False,
+        showline=True,
+        linecolor="#aab2bd",
+        ticks="outside",
+        ticklen=4,
+        tickcolor="#aab2bd",
+    )
     figure.update_yaxes(gridcolor=GRID, zeroline=False, nticks=5)

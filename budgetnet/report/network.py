@@ -18,9 +18,9 @@ COLOURS = {
     "identity": "#009e73", "up": "#009e73", "input": "#3d4652", "output": "#3d4652", "module": "#3d4652",
 }  # fmt: skip
 OTHERS = ("#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31")
-"""Okabe and Ito's palette, told apart by colour-blind readers, too; `OTHERS` serve the kinds of other spaces in turn."""
+"""Okabe and Ito's palette, which colour-blind readers can tell apart; `OTHERS` serve the kinds of other spaces."""
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1060.0, 104.0, 56.0, 34.0, 34.0  # the sheet and its margins, pixels
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1060.0, 130.0, 44.0, 38.0, 18.0  # the sheet and its margins, pixels
 
 Point = tuple[float, float]
 
@@ -90,17 +90,20 @@ def draw(architecture: Architecture) -> Drawing:
     places = grid(architecture)
     columns, rows = np.ptp(places, axis=0) if len(places) else (0.0, 0.0)
     step = float(np.clip((WIDTH - LEFT - RIGHT) / max(columns, 1e-9), 14, 110))
-    drop = float(np.clip(step, 62, 96)) if rows <= 12 else 34.0
+    drop = float(np.clip(max(step, 330 / max(rows, 1)), 34 if rows > 12 else 62, 130))
     points = (places - places.min(axis=0)) * (step, drop) + (LEFT, TOP) if len(places) else places
-    radius, arrow = float(np.clip(step / 14, 2.5, 6)), float(np.clip(step / 12, 0, 7)) if step >= 26 else 0.0
+    bent = bends(edges, points, radius := float(np.clip(step / 14, 2.5, 6)), step)
+    over, under = room(edges, points, bent)
+    points[:, 1] += over
+    arrow = 7.0 if step >= 60 else 5.0 if step >= 26 else 0.0
 
     colour = colours(edges)
     palette = tuple(dict.fromkeys(colour.values()))
     weights, weighed_by = shares(edges)
     largest = max(weights, default=0.0)
-    thickest = float(np.clip(step / 10, 3, 8))
+    thickest = float(np.clip(step / 13, 2.2, 6.5))
     lines = []
-    for place, (edge, bend) in enumerate(zip(edges, bends(edges, points, radius, step), strict=True)):
+    for place, (edge, bend) in enumerate(zip(edges, bent, strict=True)):
         thin = 1.6 if step >= 26 else 1.1
         lines.append(
             Line(
@@ -116,7 +119,7 @@ def draw(architecture: Architecture) -> Drawing:
     width = max(WIDTH, LEFT + RIGHT + columns * step) if step <= 14 else LEFT + RIGHT + columns * step
     return Drawing(
         width=float(width),
-        height=float(TOP + BOTTOM + rows * drop),
+        height=float(TOP + over + rows * drop + under + BOTTOM),
         radius=radius,
         arrow=arrow,
         lines=tuple(sorted(lines, key=lambda line: (line.used, -line.width))),
@@ -157,7 +160,7 @@ def colours(edges: Sequence[Edge]) -> dict[str, str]:
 
 
 def shares(edges: Sequence[Edge]) -> tuple[list[float], str | None]:
-    """Each used edge's share of what all of them cost (0 for the others), and the cost that was taken: MACs, if known."""
+    """Each used edge's share of what all of them cost (0 for the others), and of which cost: MACs, if known."""
     known = list(dict.fromkeys(cost for edge in edges for cost in edge.costs))
     cost = "macs" if "macs" in known else next(iter(known), None)
     values = [max(edge.costs.get(cost, 0.0), 0.0) if edge.used and cost else 0.0 for edge in edges]
@@ -193,14 +196,29 @@ def detour(points: NDArray[np.float64], source: int, target: int, radius: float)
     towards = (points - start) @ along / length
     aside = np.abs((points - start) @ (-along[1], along[0])) / length
     inside = (towards > 1e-6) & (towards < length - 1e-6) & (aside < radius + 1)
-    return min(10 + 0.09 * length, 60.0) if inside.any() else 0.0
+    return min(8 + 0.06 * length, 40.0) if inside.any() else 0.0
+
+
+def room(edges: Sequence[Edge], points: NDArray[np.float64], bent: Sequence[float]) -> tuple[float, float]:
+    """What the curves need above the first and below the last row, pixels."""
+    if not edges:
+        return 0.0, 0.0
+    middles = [
+        middle(points[edge.source], points[edge.target], bend)[1] for edge, bend in zip(edges, bent, strict=True)
+    ]
+    return max(points[:, 1].min() - min(middles), 0.0), max(max(middles) - points[:, 1].max(), 0.0)
+
+
+def middle(start: NDArray[np.float64], end: NDArray[np.float64], bend: float) -> NDArray[np.float64]:
+    """The point `bend` to the left of the way's middle: upwards, where it runs from left to right."""
+    along = end - start
+    return (start + end) / 2 + bend * np.array([along[1], -along[0]]) / (hypot(*along) or 1.0)
 
 
 def curve(start: NDArray[np.float64], end: NDArray[np.float64], bend: float, radius: float, arrow: float) -> str:
-    """An SVG path from rim to rim of two dots, its middle `bend` to the left of the way (upwards, left to right)."""
-    along = end - start
-    length = hypot(*along) or 1.0
-    control = (start + end) / 2 + 2 * bend * np.array([along[1], -along[0]]) / length
+    """An SVG path from rim to rim of two dots, its middle `bend` beside the straight line."""
+    length = hypot(*(end - start))
+    control = middle(start, end, 2 * bend)
 
     def rim(place: NDArray[np.float64], room: float) -> NDArray[np.float64]:
         towards = control - place
@@ -220,7 +238,7 @@ def labels(architecture: Architecture, points: NDArray[np.float64]) -> tuple[Lab
         if place not in ends:
             rows[float(points[place, 1])][node.shape] += 1
     found = [
-        Label(x=LEFT - 36, y=row + 4, text=shape(shapes.most_common(1)[0][0]), anchor="end")
+        Label(x=LEFT - 42, y=row + 4, text=shape(shapes.most_common(1)[0][0]), anchor="end")
         for row, shapes in sorted(rows.items())
     ]
     for place in ends:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go  # type: ignore[import-untyped]
+import plotly.graph_objects as go
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+from plotly.offline import get_plotlyjs
 
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.report import figures, quantities
 from budgetnet.report.network import draw, shares
-from budgetnet.report.quantities import duration, exact, percent, plural, share, si
-from budgetnet.report.run import Architecture, Run
+from budgetnet.report.quantities import MISSING, duration, exact, percent, plural, share, si
+from budgetnet.report.run import Architecture, Edge, Quality, Run
 from budgetnet.report.words import headline, outcomes, quality, verdict
+from budgetnet.runs import replace
 
 
 def write(run: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -40,15 +40,14 @@ def write(run: str | Path | Sequence[str | Path], out: str | Path | None = None)
     if not folders:
         raise ConfigError("a report needs at least one run folder, got none")
     if out is None and len(folders) > 1:
-        raise ConfigError(f"the report of several runs needs a file to write to (out), got none for {len(folders)} runs")
+        raise ConfigError(
+            f"the report of several runs needs a file to write to (out), got none for {len(folders)} runs"
+        )
     path = folders[0] / "report.html" if out is None else Path(out)
     page = render([Run.read(folder) for folder in folders])
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(path)
+        replace(path, page.encode())
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise FileError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
@@ -95,7 +94,7 @@ def section(run: Run) -> dict[str, Any]:
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """The table and the scatter of several runs; by the first run's first budget where all returned ones know its cost."""
+    """The table and the scatter of several runs, by the first run's first cost where all returned networks have it."""
     finished = [run for run in runs if run.result is not None]
     cost, unit = "macs", "MAC"
     for outcome in outcomes(runs[0])[:1]:
@@ -108,8 +107,8 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
             "budgets": outcomes(run),
             "network": run.result.network if run.result else {},
             "latency": _milliseconds(run),
-            "validation": quality(run.result.validation) if run.result else None,
-            "test": quality(run.result.test) if run.result else None,
+            "validation": _best(run.result.validation) if run.result else MISSING,
+            "test": _best(run.result.test) if run.result else MISSING,
             "seed": run.result.seed if run.result else None,
         }
         for run in runs
@@ -140,9 +139,13 @@ def evidence(run: Run) -> list[tuple[str, str]]:
     """What was checked and measured on the returned network."""
     if run.result is None:
         return []
-    sources = {"extracted": "Extracted network", "onnx": "ONNX file", "pt2": "torch.export file"}
+    compared = {
+        "extracted": "Extracted network against the searched one",
+        "onnx": "ONNX file against the extracted network",
+        "pt2": "torch.export file against the extracted network",
+    }
     rows = [
-        (f"{sources.get(name, name)} against the searched one", f"outputs differ by at most {difference:.2g}")
+        (compared.get(name, name), f"outputs differ by at most {difference:.2g}")
         for name, difference in run.result.equivalence.items()
     ]
     if latency := run.result.latency:
@@ -151,11 +154,15 @@ def evidence(run: Run) -> list[tuple[str, str]]:
         spread = f"{median:.3g} ms (10th to 90th percentile {low:.3g} to {high:.3g} ms)"
         how = f"{latency.text('runtime')}, {threads} {'thread' if threads == 1 else 'threads'}, batch of {batch}"
         rows.append(("Latency, median", f"{spread} in {how}"))
-    for cost, unit in (("macs", "MAC"), ("params", "parameter"), ("memory", "byte")):
+    for cost, unit, name in (
+        ("macs", "MAC", "MACs"),
+        ("params", "parameter", "Parameters"),
+        ("memory", "byte", "Memory"),
+    ):
         if cost in run.result.network:
             value, full = run.result.network[cost], run.result.full.get(cost)
             part = f", {share(value, full)} of the full super network's {si(full)}" if full else ""
-            rows.append((cost if cost != "macs" else "MACs", f"{exact(value)} {plural(unit)}{part}"))
+            rows.append((name, f"{exact(value)} {plural(unit)}{part}"))
     for name, measured in (("Validation", run.result.validation), ("Test", run.result.test)):
         if (words := quality(measured)) is not None:
             rows.append((f"{name} data", words))
@@ -166,7 +173,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
     """Where the run comes from and how long it took."""
     options, last = run.options, run.epochs[-1] if run.epochs else None
     images = run.result.images_seen if run.result else last.images_seen if last else None
-    seconds = run.result.seconds if run.result else sum(epoch.seconds for epoch in run.epochs)
+    seconds = run.result.seconds if run.result else last.seconds if last else 0.0
     rows = [
         ("Command", options.text("command")),
         ("Versions", f"budgetnet {options.text('budgetnet')}, torch {options.text('torch')}"),
@@ -193,8 +200,12 @@ def _part(name: str) -> str:
     return files(quantities.__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _choices(architecture: Architecture | None) -> list[Any]:
+def _choices(architecture: Architecture | None) -> list[Edge]:
     return [edge for edge in architecture.edges if not edge.fixed] if architecture else []
+
+
+def _best(measured: Quality | None) -> str:
+    return MISSING if measured is None or measured.best is None else percent(measured.best)
 
 
 def _milliseconds(run: Run) -> float | None:

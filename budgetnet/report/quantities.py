@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 SPACE = "\u00a0"
+TIMES, MINUS, MISSING = "\u00d7", "\u2212", "\u2013"
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 PLURALS = {"MAC": "MACs", "parameter": "parameters", "step": "steps", "byte": "bytes", "B": "bytes"}
 
@@ -63,5 +64,5 @@ def duration(seconds: float) -> str:
 
 
 def shape(sizes: tuple[int, ...]) -> str:
-    """`(16, 32, 32)` as "16 × 32 × 32"."""
-    return "\u202f×\u202f".join(map(str, sizes))
+    """`(16, 32, 32)` as 16 by 32 by 32, with signs."""
+    return f"\u202f{TIMES}\u202f".join(map(str, sizes))

@@ -62,7 +62,9 @@ class Record:
 
     def numbers(self, key: str, length: int | None = None) -> tuple[float, ...]:
         """A list of finite numbers, `length` of them where it is given."""
-        numbers = [Record({key: value}, self.file, self.place).number(key) for value in self._list(key, object, "numbers")]
+        numbers = [
+            Record({key: value}, self.file, self.place).number(key) for value in self._list(key, object, "numbers")
+        ]
         if length not in (None, len(numbers)):
             raise FileError(f"{self._where(key)} must be {length} numbers, got {len(numbers)}")
         return tuple(numbers)

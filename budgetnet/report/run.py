@@ -54,7 +54,7 @@ class Epoch:
     epoch: int
     phase: str
     images_seen: float
-    seconds: float
+    seconds: float  # since the run began
     train: Quality
     validation: Quality | None
     entropy: float | None  # nats, mean over the gates

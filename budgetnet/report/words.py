@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from budgetnet.report.quantities import apart, percent, plural, share
+from budgetnet.report.quantities import MINUS, MISSING, apart, percent, plural, share
 from budgetnet.report.run import Quality, Run
 
 
@@ -31,19 +31,19 @@ class Row:
     def shown(self) -> tuple[str, str]:
         """Value and limit, with digits enough to tell them apart."""
         value, limit = apart(self.limit if self.value is None else self.value, self.limit)
-        return value if self.value is not None else "–", limit
+        return value if self.value is not None else MISSING, limit
 
     @property
     def share(self) -> str:
         """The value as a share of the full network's."""
-        return "–" if self.value is None else share(self.value, self.full) or "–"
+        return MISSING if self.value is None else share(self.value, self.full) or MISSING
 
     @property
     def slack(self) -> str:
         """What is left of the limit, as a share of it; negative beyond."""
         if self.value is None or not self.limit:
-            return "–"
-        return percent(1 - self.value / self.limit).replace("-", "−")
+            return MISSING
+        return percent(1 - self.value / self.limit).replace("-", MINUS)
 
     @property
     def bar(self) -> dict[str, float] | None:
@@ -67,7 +67,15 @@ def outcomes(run: Run) -> list[Row]:
     latest = run.epochs[-1].budgets
     signs = asked if len(asked) == len(latest) else [""] * len(latest)
     return [
-        Row(cost=each.cost, unit=each.unit, limit=each.limit, value=each.mode, full=None, at_most="~=" not in sign, kept=None)
+        Row(
+            cost=each.cost,
+            unit=each.unit,
+            limit=each.limit,
+            value=each.mode,
+            full=None,
+            at_most="~=" not in sign,
+            kept=None,
+        )
         for each, sign in zip(latest, signs, strict=True)
     ]
 
@@ -98,16 +106,16 @@ def headline(run: Run) -> str:
         clauses = [f"uses {_listed(spent)}"] if spent else []
         if words := _answers(last.validation, "validation"):
             clauses.append(words)
-        return f"{start} The most probable architecture {' and '.join(clauses)}." if clauses else start
+        return f"{start} The most probable architecture {_joined(clauses)}." if clauses else start
     clauses = [f"uses {_listed(spent)}"] if spent else []
     measured = [(run.result.test, "test"), (run.result.validation, "validation")]
     clauses += [words for quality, name in measured if (words := _answers(quality, name))][:1]
-    return f"This network {' and '.join(clauses)}." if clauses else "This network was returned without a measurement."
+    return f"This network {_joined(clauses)}." if clauses else "This network was returned without a measurement."
 
 
 def quality(measured: Quality | None) -> str | None:
-    """ "98.6 % right", or for segmentation "mean IoU 71.2 %, 93.1 % of the pixels right"."""
-    if measured is None or measured.accuracy is None and measured.mean_iou is None:
+    """Such as "98.6 % right" or, for segmentation, "mean IoU 71.2 %, 93.1 % of the pixels right"."""
+    if measured is None or (measured.accuracy is None and measured.mean_iou is None):
         return None
     pixels = "" if measured.mean_iou is None else " of the pixels"
     right = [] if measured.accuracy is None else [f"{percent(measured.accuracy)}{pixels} right"]
@@ -116,7 +124,9 @@ def quality(measured: Quality | None) -> str | None:
 
 def _spent(row: Row) -> str:
     value, limit = row.shown
-    share = f" ({row.share} of the full super network)" if row.share != "–" else ""
+    share = f" ({row.share} of the full super network)" if row.share != MISSING else ""
+    if row.at_most and row.value is not None and row.value > row.limit:
+        return f"{value} {plural(row.unit)}{share}, more than the {limit} allowed,"
     return f"{value} of {'at most' if row.at_most else 'about'} {limit} {plural(row.unit)}{share}"
 
 
@@ -127,6 +137,10 @@ def _answers(measured: Quality | None, name: str) -> str | None:
         right = f", {percent(measured.accuracy)} of the pixels right" if measured.accuracy is not None else ""
         return f"labels the {name} images with a mean IoU of {percent(measured.mean_iou)}{right}"
     return None if measured.accuracy is None else f"answers {percent(measured.accuracy)} of the {name} images right"
+
+
+def _joined(clauses: list[str]) -> str:
+    return " and ".join(clauses).rstrip(",")
 
 
 def _listed(parts: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The convolutional neural fabric: a grid of columns and resolutions, each layer hearing its neighbours (BSN, Figure 1b)."""
+"""The convolutional neural fabric: a grid of columns and resolutions, each hearing its neighbours (BSN, Fig. 1b)."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def conv_fabric(
 
     Source: BSN, section 4.1 and appendix; Saxena and Verbeek, arXiv:1606.02492.
     """
+    options = dict(locals())
     one_of("task", task, ("classification", "segmentation"))
     dense = task == "segmentation"
     at_least(1, width=width, classes=classes, in_channels=in_channels)
@@ -49,19 +50,19 @@ def conv_fabric(
     if depth is None:
         depth = next(halvings for halvings in range(1, 32) if height % 2**halvings or breadth % 2**halvings)
     at_least(1, depth=depth, channels=channels)
-    options = dict(
-        width=width, depth=depth, channels=channels, classes=classes, image_size=image_size, in_channels=in_channels,
-        task=task,
-    )  # fmt: skip
+    options |= {"depth": depth, "channels": channels}
     shape = image_shape(in_channels, image_size, divisor=2 ** (depth - 1))
     if depth == 1 and width == 1:
         raise ConfigError("a fabric of one column and one resolution has no choice: width or depth must be > 1")
 
     nodes = [
-        Node(name=name(column, scale), activation=nn.ReLU() if column or scale else None, position=(column, scale),
-             steps=int(column > 0 or scale > 0))
-        for column in range(width) for scale in range(depth)
-    ]  # fmt: skip
+        # a sum takes a step even of one input (docs/counting.md); the first layer is the input convolution itself
+        Node(name=name(column, scale), activation=nn.ReLU(), steps=1, position=(column, scale))
+        for column in range(width)
+        for scale in range(depth)
+        if column or scale
+    ]
+    nodes.append(Node(name=name(0, 0), position=(0, 0)))
     stem = conv_bn(in_channels, channels, relu=True)
     edges = [Edge(start="x", end=name(0, 0), module=stem, name="input", kind="input", fixed=True)]
     edges += [between((0, scale - 1), (0, scale), channels) for scale in range(1, depth)]
@@ -74,8 +75,8 @@ def conv_fabric(
         chain = range(depth - 1) if not dense else range(depth - 1, 0, -1)
         edges += [between((width - 1, s), (width - 1, s - 1 if dense else s + 1), channels) for s in chain]
     last = name(width - 1, 0 if dense else depth - 1)
-    edges.append(Edge(start=last, end="y", module=head(shape, depth, channels, classes, dense), name="output",
-                      kind="output", fixed=True))  # fmt: skip
+    output = head(shape, depth, channels, classes, dense)
+    edges.append(Edge(start=last, end="y", module=output, name="output", kind="output", fixed=True))
     nodes.append(Node(name="y", position=(width, 0 if dense else depth - 1)))
     return SuperNetwork(edges, input_shape=shape, nodes=nodes, name="conv_fabric", options=options)
 

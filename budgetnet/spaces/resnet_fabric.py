@@ -57,7 +57,8 @@ def resnet_fabric(
             return f"g{group}.{block}", group
         return ("stem", 0) if group == 0 else at(group - 1, width - 1)
 
-    edges = [Edge(start="x", end="stem", module=conv_bn(in_channels, channels, relu=True), name="input", fixed=True)]
+    stem = conv_bn(in_channels, channels, relu=True)
+    edges = [Edge(start="x", end="stem", module=stem, name="input", kind="input", fixed=True)]
     nodes = [Node(name="stem", position=(0, 0))]
     resnet = []
     for group in range(groups):
@@ -65,8 +66,8 @@ def resnet_fabric(
             end, _ = at(group, block)
             nodes.append(Node(name=end, activation=nn.ReLU(), position=(1 + group * width + block, group)))
             for shift, offset in (("s", 2), ("l", 1), ("r", 3)):
-                exists = shift in shifts and not (shift == "l" and block == 0) and not (shift == "r" and block == width - 1)
-                if group > 0 and exists:
+                at_edge = (shift == "l" and block == 0) or (shift == "r" and block == width - 1)
+                if group > 0 and shift in shifts and not at_edge:
                     edges += connection(*at(group - 1, max(width - offset - block, -1)), end, group, channels, shift)
             main = connection(*at(group, block - 1), end, group, channels, "")[::-1]  # the shortcut comes first here
             edges += main

@@ -1,0 +1,312 @@
+"""The command line: decides nothing, its flags are the fields of the options and the arguments of the spaces."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from budgetnet import data as datasets
+from budgetnet import report, spaces
+from budgetnet.architectures import named
+from budgetnet.console import Bars, quantity
+from budgetnet.errors import BudgetnetError, ConfigError, FileError, UnreachableBudget
+from budgetnet.export import FORMATS, load
+from budgetnet.measure import default_costs, measure_file, measure_network
+from budgetnet.options import SearchOptions
+from budgetnet.runs import RunFolder
+from budgetnet.search import search
+from budgetnet.session import Found
+from budgetnet.supernet import SuperNetwork
+
+OK, WRONG, UNREACHABLE, INTERRUPTED = 0, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0 done, 2 wrong request, 3 budget out of reach, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return OK if arguments else WRONG
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    try:
+        if arguments[0] not in COMMANDS:
+            raise ConfigError(f"commands are {', '.join(COMMANDS)}, got {arguments[0]!r}")
+        COMMANDS[arguments[0]](arguments[1:])
+    except UnreachableBudget as error:
+        errors.print(f"budgetnet: {error}")
+        return UNREACHABLE
+    except BudgetnetError as error:
+        errors.print(f"budgetnet: {error}")
+        return WRONG
+    except jsonargparse.ArgumentError as error:
+        errors.print(f"budgetnet {arguments[0]}: {_one_line(str(error))}")
+        return WRONG
+    except KeyboardInterrupt:
+        errors.print("budgetnet: interrupted; the same command with --resume and --out RUN goes on from there")
+        return INTERRUPTED
+    return OK
+
+
+def search_command(arguments: list[str]) -> None:
+    """Budgetnet search"""
+    space, rest = _take(arguments, "--space", "resnet_fabric")
+    parser = _parser("search", "Learns a network that keeps its budget.", space, "--space NAME")
+    parser.add_class_arguments(SearchOptions, None)
+    parser.add_argument("--data", default="digits", help=f"{', '.join(datasets.NAMES)}, or a folder of images")
+    parser.add_argument("--root", default="data", help="folder of the named datasets")
+    parser.add_argument("--image_size", type=int | None, default=None, help="resize images to this side")
+    parser.add_argument("--ignore", type=int | None, default=None, help="mask value without loss")
+    parser.add_argument("--train_images", type=int | None, default=None, help="take so many training images only")
+    parser.add_argument("--budget", action="append", default=[], metavar="COST<=LIMIT", help="repeat for several")
+    parser.add_argument("--architecture", type=str | None, default=None, help="train this one, without a search")
+    parser.add_argument("--out", type=str | None, default=None, metavar="RUN", help="run folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--json", action="store_true", help="print result.json on stdout and nothing else")
+    given = parser.parse_args(rest)
+    options = SearchOptions(**{field.name: getattr(given, field.name) for field in fields(SearchOptions)})
+    if given.resume and given.out is None:
+        raise ConfigError("--resume needs the run to go on with: --out RUN")
+    data = datasets.load(given.data, root=given.root, image_size=given.image_size, ignore=given.ignore)
+    if given.train_images is not None:
+        data = data.subset(given.train_images, seed=0)
+    torch.manual_seed(options.seed)
+    network = _build(
+        space,
+        given,
+        rest,
+        {
+            "classes": data.num_classes,
+            "in_channels": data.image_shape[0],
+            "image_size": data.image_shape[1] if data.image_shape[1] == data.image_shape[2] else data.image_shape[1:],
+            "task": data.task,
+        },
+    )
+    bars = Bars(Console(stderr=True, quiet=given.json))
+    command = shlex.join(["budgetnet", "search", *arguments])
+    try:
+        found = search(
+            network,
+            data,
+            given.budget,
+            options,
+            architecture=given.architecture,
+            out=given.out,
+            resume=given.resume,
+            command=command,
+            progress=bars,
+        )
+    finally:
+        bars.close()
+    if given.json:
+        print(json.dumps(found.result))
+    else:
+        _tell(found)
+
+
+def measure_command(arguments: list[str]) -> None:
+    """Budgetnet measure"""
+    target, rest = _positional(arguments, "measure RUN|FILE.onnx|FILE.pt2|SPACE")
+    space = target if target in spaces.BY_NAME or ":" in target else ""
+    own, rest = _take(rest, "--space", "")
+    parser = _parser("measure", "Prints what a space, a run or a file costs.", space, "RUN|FILE.onnx|FILE.pt2|SPACE")
+    parser.add_argument("--costs", type=str | None, default=None, help="macs,macs:paper,params,steps:2,memory,latency")
+    parser.add_argument(
+        "--architecture", type=str | None, default=None, help="a sub-network: a name or an architecture.json"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(rest)
+    asked = [text.strip() for text in re.split(r",(?![^\[]*\])", given.costs)] if given.costs else []
+    if space:
+        network = _build(space, given, rest, {})
+        kept = named(network, given.architecture or "full")
+        found = measure_network(network, kept, asked or default_costs("space"))
+    elif Path(target).is_dir():
+        network = _space_of_run(RunFolder(target), own)
+        kept = named(network, given.architecture or str(Path(target) / "architecture.json"))
+        found = measure_network(network, kept, asked or default_costs("space"))
+    elif Path(target).suffix.removeprefix(".") in FORMATS:
+        found = measure_file(target, asked or default_costs("file"))
+    else:
+        known = ", ".join(spaces.BY_NAME)
+        raise ConfigError(f"measure takes a run folder, a .onnx or .pt2 file, or a space ({known}), got {target!r}")
+    if given.json:
+        print(json.dumps(found))
+        return
+    table = Table("cost", "value", "exactly")
+    for name, value in found["costs"].items():
+        table.add_row(name, quantity(value, found["units"][name]), f"{value:,}")
+    Console().print(table)
+
+
+def export_command(arguments: list[str]) -> None:
+    """Budgetnet export"""
+    target, rest = _positional(arguments, "export RUN")
+    parser = _parser("export", "Copies the network of a finished run to a file.", "", "RUN")
+    parser.add_argument("--format", default="onnx", help=" or ".join(FORMATS))
+    parser.add_argument("--out", type=str | None, default=None, metavar="FILE", help="network.FORMAT unless given")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(rest)
+    if given.format not in FORMATS:
+        raise ConfigError(f"format must be {' or '.join(FORMATS)}, got {given.format!r}")
+    run = RunFolder(target)
+    run.read("result.json")
+    source, out = run.path / f"network.{given.format}", Path(given.out or f"network.{given.format}")
+    load(source)  # a broken file is not passed on
+    if not out.parent.is_dir():
+        raise ConfigError(f"expected a folder for {out}, found none at {out.parent}")
+    shutil.copyfile(source, out)
+    print(json.dumps({"file": str(out), "bytes": out.stat().st_size}) if given.json else f"wrote {out}")
+
+
+def report_command(arguments: list[str]) -> None:
+    """Budgetnet report"""
+    runs = [argument for argument in arguments if not argument.startswith("-")]
+    out, rest = _take(arguments, "--out", "")
+    runs = [argument for argument in rest if not argument.startswith("-")]
+    flags = [argument for argument in rest if argument.startswith("-")]
+    if set(flags) - {"--json"} or not runs:
+        raise ConfigError(f"report takes RUN ... [--out FILE.html] [--json], got {shlex.join(arguments) or 'nothing'}")
+    page = report.write(runs if len(runs) > 1 else runs[0], out or None)
+    print(json.dumps({"report": str(page)}) if flags else f"wrote {page}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "search": search_command,
+    "measure": measure_command,
+    "export": export_command,
+    "report": report_command,
+}
+HELP = """budgetnet learns neural networks that fit a budget.
+
+  budgetnet search   --data DATA --space NAME --budget 'macs<=25%' [--out RUN] [--resume]
+  budgetnet measure  RUN|FILE.onnx|FILE.pt2|SPACE [--costs macs,params,steps:2] [--architecture NAME]
+  budgetnet export   RUN --format onnx|pt2 --out FILE
+  budgetnet report   RUN ... [--out FILE.html]
+
+`budgetnet COMMAND --help` lists every option; --json prints one JSON object for programs."""
+
+
+def _parser(command: str, description: str, space: str, first: str) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(
+        prog=f"budgetnet {command} {first}",
+        description=description,
+        exit_on_error=False,
+        epilog=f"spaces: {', '.join(spaces.BY_NAME)}, or path/to/file.py:function"
+        if "SPACE" in first or space
+        else None,
+    )
+    if space:
+        for name, parameter in inspect.signature(_builder(space)).parameters.items():
+            default = None if parameter.default is parameter.empty else parameter.default
+            kind = inspect.get_annotations(_builder(space), eval_str=True).get(name, str)
+            parser.add_argument(f"--space.{name}", type=kind, default=default)
+    return parser
+
+
+def _builder(space: str) -> Callable[..., SuperNetwork]:
+    """The function that builds a space: a named one, or the user's by file and name."""
+    if space in spaces.BY_NAME:
+        return spaces.BY_NAME[space]
+    file, _, function = space.rpartition(":")
+    if not file:
+        raise ConfigError(f"spaces are {', '.join(spaces.BY_NAME)}, or path/to/file.py:function, got {space!r}")
+    specification = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if not Path(file).is_file() or specification is None or specification.loader is None:
+        raise ConfigError(f"expected a Python file at {file}, found none")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ConfigError(f"{file} has no function {function!r}")
+    builder: Callable[..., SuperNetwork] = getattr(module, function)
+    return builder
+
+
+def _build(space: str, given: Any, arguments: list[str], defaults: dict[str, Any]) -> SuperNetwork:
+    """Builds a space from what was given, else from what the data need, else from its own defaults."""
+    builder = _builder(space)
+    names = inspect.signature(builder).parameters
+    told = vars(given.space) if hasattr(given, "space") else {}
+    typed = {name for name in names if any(re.match(rf"--space\.{name}(=|$)", word) for word in arguments)}
+    options = {**told, **{name: value for name, value in defaults.items() if name in names and name not in typed}}
+    network = builder(**options)
+    if not isinstance(network, SuperNetwork):
+        raise ConfigError(f"{space} must return a SuperNetwork, got {type(network).__name__}")
+    return network
+
+
+def _space_of_run(run: RunFolder, own: str) -> SuperNetwork:
+    space = run.read("options.json").get("space")
+    if not isinstance(space, dict) or not isinstance(space.get("options"), dict):
+        raise FileError(f"{run.path / 'options.json'} must name its space and the space's options")
+    if space["name"] not in spaces.BY_NAME and not own:
+        raise ConfigError(f"{run.path} was learned in a space of its own: name it again with --space file.py:function")
+    builder = _builder(own or space["name"])
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in space["options"].items()}
+    try:
+        return builder(**options)
+    except TypeError as error:
+        raise FileError(
+            f"{run.path / 'options.json'} has options that {space['name']} does not take: {error}"
+        ) from error
+
+
+def _tell(found: Found) -> None:
+    result, console = found.result, Console()
+    table = Table("cost", "network", "limit", "kept", title="budget")
+    for row in result["budgets"]:
+        numbers = [quantity(row[key], row["unit"]) for key in ("value", "limit")]
+        table.add_row(row["cost"], *numbers, "yes" if row["met"] else "NO")
+    if result["budgets"]:
+        console.print(table)
+    quality = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result["test"].items() if name != "loss")
+    console.print(f"test {quality}", highlight=False)
+    for name in ("network.onnx", "network.pt2", "report.html"):
+        console.print(f"{found.run / name}", highlight=False, soft_wrap=True)
+
+
+def _take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]]:
+    """The value of a flag that decides which other flags there are, and the arguments without it."""
+    value, rest, words = default, [], iter(arguments)
+    for word in words:
+        if word == flag:
+            value = next(words, "")
+            if not value or value.startswith("-"):
+                raise ConfigError(f"{flag} needs a value")
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def _positional(arguments: list[str], usage: str) -> tuple[str, list[str]]:
+    if arguments and arguments[0] in ("-h", "--help"):
+        return "", arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(f"expected: budgetnet {usage}, got {shlex.join(arguments) or 'nothing'}")
+    return arguments[0], arguments[1:]
+
+
+def _one_line(message: str) -> str:
+    text = " ".join(message.split())
+    text = re.sub(r"^Parser key \"([\w.]+)\": ", r"--\1: ", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    return re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", text)[:300]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

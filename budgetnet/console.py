@@ -1,0 +1,80 @@
+"""What people see while they wait: the limits before, a bar while, quality and cost after each epoch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from budgetnet.options import SearchOptions
+from budgetnet.training import Sums
+
+SIGNS = ((1e9, "G"), (1e6, "M"), (1e3, "K"))
+
+
+class Bars:
+    """Tells how a search goes; one of `search.Progress`."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+        self.last = 0.0
+
+    def begin(self, limits: list[dict[str, Any]], options: SearchOptions) -> None:
+        """Prints the table of what can be reached, and starts the bar."""
+        if limits:
+            table = Table("cost", "smallest", "expected", "full", "limit", title="before training")
+            for row in limits:
+                numbers = [quantity(row[key], row["unit"]) for key in ("smallest", "expected", "full", "limit")]
+                table.add_row(row["cost"], *numbers)
+            self.console.print(table)
+        self.epochs = options.epochs
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("batches"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.progress.add_task("starting", total=None)
+        self.progress.start()
+
+    def step(self, epoch: int, done: int, batches: int, sums: Sums) -> None:
+        """Moves the bar, ten times a second at most."""
+        now = time.monotonic()
+        if self.progress and (now - self.last > 0.1 or done == batches):
+            self.last = now
+            text = f"epoch {epoch + 1}/{self.epochs}  loss {sums.loss / sums.images:.3f}"
+            total = batches * self.epochs
+            self.progress.update(self.task, description=text, completed=epoch * batches + done, total=total)
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Prints a line for the epoch."""
+        parts = [f"{line['epoch'] + 1:4d} {line['phase']:8s} loss {line['train']['loss']:.3f}"]
+        if line["validation"]:
+            name = "mean_iou" if "mean_iou" in line["validation"] else "accuracy"
+            parts.append(f"validation {name} {100 * line['validation'][name]:.2f} %")
+        for budget in line["budgets"]:
+            cost = budget["mode"] if budget["sampled"] is None else budget["sampled"]
+            parts.append(f"{budget['cost']} {100 * cost / budget['limit']:.0f} % of the limit")
+        if line["entropy"] is not None:
+            parts.append(f"entropy {line['entropy']:.2f}")
+        self.console.print("  ".join(parts), highlight=False)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self.progress:
+            self.progress.stop()
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with its unit, to four digits: 40.9 MMAC would be 40.9 M MAC."""
+    for scale, sign in SIGNS:
+        if abs(value) >= scale:
+            return f"{value / scale:.4g} {sign} {unit}"
+    return f"{value:.4g} {unit}"
