@@ -38,6 +38,7 @@ class Panel:
     curves: tuple[Curve, ...]
     ticks: str = ""
     from_zero: bool = False
+    least: float | None = None  # the axis ends here and just above 1, for shares that may not move at all
 
 
 def dynamics(epochs: Sequence[Epoch]) -> go.Figure:
@@ -70,6 +71,8 @@ def dynamics(epochs: Sequence[Epoch]) -> go.Figure:
                 marker={"size": 4.5},
             )  # fmt: skip
         figure.update_yaxes(row=row, col=1, tickformat=panel.ticks, rangemode="tozero" if panel.from_zero else "normal")
+        if panel.least is not None:
+            figure.update_yaxes(row=row, col=1, range=[panel.least, 1.02])
         top = figure.layout["yaxis" if row == 1 else f"yaxis{row}"].domain[1]
         figure.update_layout({legend: {"x": 1.01, "y": top, "yanchor": "top", "bgcolor": "rgba(0,0,0,0)"}})
     for phase, start, end in phases(epochs):
@@ -123,11 +126,14 @@ def panels(epochs: Sequence[Epoch]) -> list[Panel]:
             )
         )
         prices.append(Curve(name=cost, values=each(lines, "price"), colour=colour))
-    entropy = Curve(name="mean of the gates", values=each(epochs, "entropy"), colour=BLUE)
+    entropy = Curve(name="of the architecture", values=each(epochs, "entropy"), colour=BLUE)
     found.append(Panel(title="Entropy (nats)", from_zero=True, curves=(entropy,)))
     found.append(Panel(title="Price of the budget", from_zero=True, curves=tuple(prices)))
     connected = Curve(name="of the samples", values=each(epochs, "connected"), colour=BLUE)
-    found.append(Panel(title="Input and output connected", ticks=".1~%", curves=(connected,)))
+    least = min((value for value in connected.values if value is not None), default=1.0)
+    found.append(
+        Panel(title="Input and output connected", ticks=".1~%", curves=(connected,), least=min(least - 0.02, 0.9))
+    )
     return found
 
 

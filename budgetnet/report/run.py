@@ -57,7 +57,7 @@ class Epoch:
     seconds: float  # since the run began
     train: Quality
     validation: Quality | None
-    entropy: float | None  # nats, mean over the gates
+    entropy: float | None  # nats, of the sampled architecture
     connected: float | None  # share of samples that reach the output
     budgets: tuple[Price, ...]
 
