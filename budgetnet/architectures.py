@@ -59,7 +59,7 @@ def named(network: SuperNetwork, name: str) -> Tensor:
         kept = {edge["name"]: edge["kept"] for edge in content["edges"]}
     except (KeyError, TypeError) as error:
         raise FileError(f"{path} must list edges, each with name and kept: {error}") from error
-    differing = sorted(set(network.edge_names) ^ set(kept))
+    differing = sorted(set(network.edge_names) ^ set(kept), key=str)
     if differing or not all(isinstance(bit, bool) for bit in kept.values()):
         what = f"{differing[0]!r} is in one and not in the other" if differing else "kept must be true or false"
         raise FileError(f"{path} is no architecture of {network.name}: {what}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -143,9 +143,13 @@ class BoundBudget:
     def cheapest(self, network: SuperNetwork) -> Tensor:
         """The architecture of least cost that connects input and output, `(1, G)`.
 
-        Costs never fall when a module is added, so it is a single path; where the cost can say what
-        an edge costs on a path of its own this is exact.
+        Costs never fall when a module is added, so it is a single path, and none where the fixed edges
+        connect by themselves. Where the cost can say what an edge costs on a path of its own this is
+        exact, but for a path that brings fixed edges beside it to life.
         """
+        none = torch.zeros(1, len(network.columns))
+        if bool(network.used(none).any()):
+            return none
         weights = getattr(self.model, "along_path", None) or [1.0] * len(network.graph.edges)
         path = network.graph.cheapest_path(weights)
         return torch.tensor([[float(edge in path) for edge in network.columns]])
@@ -161,27 +165,24 @@ def parse_cost(text: str) -> Cost:
     if match is None or match["name"] not in COSTS:
         raise ConfigError(f"costs are {', '.join(COSTS)} (steps:2, steps[workers=2]), got {text!r}")
     kind = COSTS[match["name"]]
-    fields = {name: field.type for name, field in kind.__dataclass_fields__.items() if field.init}  # type: ignore[attr-defined]
+    kinds = {field.name: str(field.type) for field in fields(kind)}  # type: ignore[arg-type]
     if match["short"] is not None:
-        if not fields:
+        if not kinds:
             raise ConfigError(f"{match['name']} takes no option, got {text!r}")
-        given = {next(iter(fields)): match["short"]}
+        given = {next(iter(kinds)): match["short"]}
     else:
         pairs = [part.partition("=") for part in (match["options"] or "").split(",") if part.strip()]
         given = {name.strip(): value.strip() for name, _, value in pairs}
     for name in given:
-        if name not in fields:
-            raise ConfigError(f"{match['name']} has the options {', '.join(fields) or 'none'}, got {name!r}")
-    return kind(**{name: _value(value, str(fields[name]), name) for name, value in given.items()})  # type: ignore[no-any-return]
+        if name not in kinds:
+            raise ConfigError(f"{match['name']} has the options {', '.join(kinds) or 'none'}, got {name!r}")
+    return kind(**{name: _value(value, kinds[name], name) for name, value in given.items()})  # type: ignore[no-any-return]
 
 
 def cost_name(cost: Cost) -> str:
     """How a cost is written: `macs`, `steps:2`; its default options are left out."""
-    options = [
-        str(getattr(cost, name))
-        for name, field in getattr(cost, "__dataclass_fields__", {}).items()
-        if field.init and getattr(cost, name) != field.default
-    ]
+    known: tuple[Field[Any], ...] = fields(cost) if is_dataclass(cost) else ()
+    options = [str(getattr(cost, field.name)) for field in known if getattr(cost, field.name) != field.default]
     return ":".join([cost.key, *options])
 
 

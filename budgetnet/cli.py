@@ -7,9 +7,9 @@ import inspect
 import json
 import re
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from budgetnet.errors import BudgetnetError, ConfigError, FileError, Unreachable
 from budgetnet.export import FORMATS, load
 from budgetnet.measure import default_costs, measure_file, measure_network
 from budgetnet.options import SearchOptions
-from budgetnet.runs import RunFolder
+from budgetnet.runs import RunFolder, replace
 from budgetnet.search import search
 from budgetnet.session import Found
 from budgetnet.supernet import SuperNetwork
@@ -46,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise ConfigError(f"commands are {', '.join(COMMANDS)}, got {arguments[0]!r}")
         COMMANDS[arguments[0]](arguments[1:])
+    except SystemExit as error:  # --help, once it is printed
+        return int(error.code or OK)
     except UnreachableBudget as error:
-        errors.print(f"budgetnet: {error}")
+        errors.print(f"budgetnet: {' '.join(str(error).split())}")
         return UNREACHABLE
-    except BudgetnetError as error:
-        errors.print(f"budgetnet: {error}")
+    except (BudgetnetError, OSError) as error:  # an OSError: a full disk, a folder that cannot be written
+        errors.print(f"budgetnet: {' '.join(str(error).split())}")
         return WRONG
     except jsonargparse.ArgumentError as error:
         errors.print(f"budgetnet {arguments[0]}: {_one_line(str(error))}")
@@ -165,23 +167,26 @@ def export_command(arguments: list[str]) -> None:
     run = RunFolder(target)
     run.read("result.json")
     source, out = run.path / f"network.{given.format}", Path(given.out or f"network.{given.format}")
+    if out.suffix != source.suffix:
+        raise ConfigError(f"a file of format {given.format} ends in {source.suffix}, got {out}")
+    if not out.parent.is_dir() or out.is_dir():
+        raise ConfigError(f"expected a file in a folder that exists, got {out}")
     load(source)  # a broken file is not passed on
-    if not out.parent.is_dir():
-        raise ConfigError(f"expected a folder for {out}, found none at {out.parent}")
-    shutil.copyfile(source, out)
+    replace(out, source.read_bytes())
     print(json.dumps({"file": str(out), "bytes": out.stat().st_size}) if given.json else f"wrote {out}")
 
 
 def report_command(arguments: list[str]) -> None:
     """Budgetnet report"""
-    runs = [argument for argument in arguments if not argument.startswith("-")]
-    out, rest = _take(arguments, "--out", "")
-    runs = [argument for argument in rest if not argument.startswith("-")]
-    flags = [argument for argument in rest if argument.startswith("-")]
-    if set(flags) - {"--json"} or not runs:
-        raise ConfigError(f"report takes RUN ... [--out FILE.html] [--json], got {shlex.join(arguments) or 'nothing'}")
-    page = report.write(runs if len(runs) > 1 else runs[0], out or None)
-    print(json.dumps({"report": str(page)}) if flags else f"wrote {page}")
+    parser = _parser("report", "Writes the page of a run, or of several beside each other.", "", "RUN ...")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, finished or not")
+    parser.add_argument(
+        "--out", type=str | None, default=None, metavar="FILE.html", help="report.html in the folder of a single run"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(arguments)
+    page = report.write(given.runs, given.out)
+    print(json.dumps({"report": str(page)}) if given.json else f"wrote {page}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -228,11 +233,23 @@ def _builder(space: str) -> Callable[..., SuperNetwork]:
     if not Path(file).is_file() or specification is None or specification.loader is None:
         raise ConfigError(f"expected a Python file at {file}, found none")
     module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    with _blaming(file):
+        specification.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise ConfigError(f"{file} has no function {function!r}")
     builder: Callable[..., SuperNetwork] = getattr(module, function)
     return builder
+
+
+@contextmanager
+def _blaming(whose: str) -> Iterator[None]:
+    """Turns what the user's own code raises into one line; it may raise anything."""
+    try:
+        yield
+    except BudgetnetError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{whose} raised {type(error).__name__}: {error}") from error
 
 
 def _build(space: str, given: Any, arguments: list[str], defaults: dict[str, Any]) -> SuperNetwork:
@@ -242,7 +259,11 @@ def _build(space: str, given: Any, arguments: list[str], defaults: dict[str, Any
     told = vars(given.space) if hasattr(given, "space") else {}
     typed = {name for name in names if any(re.match(rf"--space\.{name}(=|$)", word) for word in arguments)}
     options = {**told, **{name: value for name, value in defaults.items() if name in names and name not in typed}}
-    network = builder(**options)
+    lacking = [name for name in names if options.get(name) is None and names[name].default is inspect.Parameter.empty]
+    if lacking:
+        raise ConfigError(f"{space} needs --space.{lacking[0]}, got nothing for it")
+    with _blaming(space):
+        network = builder(**options)
     if not isinstance(network, SuperNetwork):
         raise ConfigError(f"{space} must return a SuperNetwork, got {type(network).__name__}")
     return network
@@ -250,7 +271,7 @@ def _build(space: str, given: Any, arguments: list[str], defaults: dict[str, Any
 
 def _space_of_run(run: RunFolder, own: str) -> SuperNetwork:
     space = run.read("options.json").get("space")
-    if not isinstance(space, dict) or not isinstance(space.get("options"), dict):
+    if not isinstance(space, dict) or [type(space.get(key)) for key in ("name", "options")] != [str, dict]:
         raise FileError(f"{run.path / 'options.json'} must name its space and the space's options")
     if space["name"] not in spaces.BY_NAME and not own:
         raise ConfigError(f"{run.path} was learned in a space of its own: name it again with --space file.py:function")
@@ -304,7 +325,11 @@ def _positional(arguments: list[str], usage: str) -> tuple[str, list[str]]:
 def _one_line(message: str) -> str:
     text = " ".join(message.split())
     text = re.sub(r"^Parser key \"([\w.]+)\": ", r"--\1: ", text)
-    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+    union = re.fullmatch(r"(--[\w.]+): Does not validate.* Errors: - (.*) Given value type: .* Given value: (.*)", text)
+    if union:
+        kinds = re.findall(r"Expected an? (.+?)(?= - |$)", union[2])
+        return f"{union[1]}: expected {' or '.join(kinds)}, got {union[3]}"
     return re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", text)[:300]
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
+import pickle
+import re
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +23,18 @@ from torch import Tensor, nn
 from budgetnet.errors import ConfigError, FileError
 
 FORMATS = ("onnx", "pt2")
+PT2_FILE = re.compile(
+    r"[^/]+/(archive_format|archive_version|byteorder|\.data/version|\.data/serialization_id|models/model\.json"
+    r"|data/sample_inputs/model\.pt|data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json))"
+)
+PT2_TEXTS = {  # of model.json, by key
+    "target": r"torch\.ops\.aten\.\w+\.\w+|_operator\.(add|sub|mul|floordiv|getitem)",
+    "expr_str": r"((Symbol\('[su]\d+'|Integer|Mul|Add|Pow|positive=True|nonnegative=True|integer=True)|[\d(), -])*",
+    "path_name": r"(weight|tensor)_\d+",
+}
+PT2_ABSENT = ("use_pickle", "guards_code", "as_operator", "as_custom_obj", "as_graph", "treespec_namedtuple_fields")
+"""What stands for a pickle, for text to be evaluated, or for a function looked up by name."""
 
 
 def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
@@ -58,6 +75,9 @@ def load(path: str | Path, *, threads: int = 1) -> Callable[[Tensor], Tensor]:
         FileError: the file is missing, or is no network of its kind.
     """
     path = Path(path)
+    if path.suffix == ".pt2":
+        module = load_program(path).module()
+        return lambda x: module(x.cpu().float())
     if not path.is_file():
         raise FileError(f"expected an exported network at {path}, found no file")
     if path.suffix == ".onnx":
@@ -68,16 +88,32 @@ def load(path: str | Path, *, threads: int = 1) -> Callable[[Tensor], Tensor]:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises classes of its own for each kind of broken file
             raise FileError(f"{path} is no ONNX network that onnxruntime loads: {_line(error)}") from error
-        name = session.get_inputs()[0].name
+        inputs = [(each.name, each.type) for each in session.get_inputs()]
+        if len(inputs) != 1 or inputs[0][1] != "tensor(float)":
+            raise FileError(f"{path} must take one input of floats, got {inputs}")
+        name = inputs[0][0]
         return lambda x: torch.from_numpy(np.asarray(session.run(None, {name: x.cpu().float().numpy()})[0]))
-    if path.suffix == ".pt2":
-        try:
-            with _quiet():
-                module = torch.export.load(path).module()
-        except Exception as error:  # torch.export names no one error for a broken file
-            raise FileError(f"{path} is no network that torch.export loads: {_line(error)}") from error
-        return lambda x: module(x.cpu().float())
     raise FileError(f"an exported network ends in .onnx or .pt2, got {path.name!r}")
+
+
+def load_program(path: str | Path) -> torch.export.ExportedProgram:
+    """Reads a .pt2 file that holds weights and a graph of torch's own operators, and nothing else.
+
+    torch's reader would unpickle what an archive asks it to, look functions up by name, load
+    libraries and evaluate formulas, so all of that is refused before it sees the file.
+
+    Raises:
+        FileError: the file is missing, is no such network, or holds anything that could run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"expected an exported network at {path}, found no file")
+    try:
+        with _quiet():
+            _refuse_code(path)
+            return torch.export.load(path)
+    except Exception as error:  # torch.export names no one error for a broken file
+        raise FileError(f"{path} is no network that torch.export loads: {_line(error)}") from error
 
 
 @torch.no_grad()
@@ -114,6 +150,37 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def _refuse_code(path: Path) -> None:
+    """Raises FileError, ValueError or OSError where an archive holds more than arrays and a plain graph."""
+    with zipfile.ZipFile(path) as archive:
+        names = [info.filename for info in archive.infolist()]
+        foreign = [info.filename for info in archive.infolist() if not PT2_FILE.fullmatch(info.filename)]
+        packed = any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist())
+        if foreign or packed or len({name.partition("/")[0] for name in names}) != 1 or len(set(names)) < len(names):
+            raise FileError(f"expected the arrays and the graph of one network, got {(foreign or names)[0]!r}")
+        for name in names:
+            if name.endswith(".json"):
+                _refuse_names(json.loads(archive.read(name)))
+            elif name.endswith(".pt"):
+                try:
+                    torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+                except pickle.UnpicklingError as error:
+                    raise FileError(f"expected plain arrays in {name!r}, got a pickle that asks for more") from error
+
+
+def _refuse_names(value: Any, key: str = "") -> None:
+    """Raises FileError where a graph names anything but torch's own operators and sizes."""
+    if isinstance(value, dict):
+        for inner, below in value.items():
+            _refuse_names(below, inner)
+    elif isinstance(value, list):
+        for below in value:
+            _refuse_names(below, key)
+    pattern = PT2_TEXTS.get(key)
+    if (pattern and isinstance(value, str) and not re.fullmatch(pattern, value)) or (key in PT2_ABSENT and value):
+        raise FileError(f"expected torch's own operators, got {key} {str(value)[:60]!r}")
 
 
 def _line(error: Any) -> str:

@@ -39,6 +39,8 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
         if isinstance(module, nn.Identity):
             return value
         place = re.sub(r"\W+", "_", name)
+        while hasattr(modules, place):  # another edge's, or a name that every module has
+            place += "_"
         modules.add_module(place, copy.deepcopy(module))
         return graph.call_module(place, (value,))
 

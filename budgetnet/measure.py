@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet.budgets import COSTS, parse_cost
 from budgetnet.errors import ConfigError, FileError
-from budgetnet.export import latency, load
+from budgetnet.export import latency, load, load_program
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.supernet import SuperNetwork
 
@@ -67,6 +67,8 @@ def measure_file(path: str | Path, costs: Sequence[str]) -> dict[str, Any]:
     run = load(path)
     count = _count_onnx if path.suffix == ".onnx" else _count_pt2
     shape, counted = count(path)
+    if not all(shape):
+        raise FileError(f"{path} must say what size of images it takes, got {shape}")
     values = {
         text: latency(run, torch.zeros(1, *shape))["median"] if text == "latency" else counted[text] for text in costs
     }
@@ -79,7 +81,7 @@ def default_costs(target: str) -> list[str]:
 
 
 def _count_pt2(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
-    program = torch.export.load(path)
+    program = load_program(path)
     name = program.graph_signature.user_inputs[0]
     value = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
     shape = tuple(int(size) for size in value.shape[1:])
@@ -106,13 +108,13 @@ def _count_onnx(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
     macs = 0
     for node in graph.node:
         behind = shapes.get(node.output[0], ())
-        if node.op_type == "Conv":
+        if node.op_type == "Conv" and node.input[1] in weights:
             macs += prod(behind[1:]) * prod(weights[node.input[1]][1:])
         elif node.op_type in ("Gemm", "MatMul") and node.input[1] in weights:
             macs += prod(weights[node.input[1]])
         elif node.op_type == "Add" and not set(node.input) & set(weights):
             macs += prod(behind[1:])
-        elif node.op_type in ("Gemm", "MatMul", "ConvTranspose", "Attention"):
+        elif node.op_type in ("Conv", "Gemm", "MatMul", "ConvTranspose", "Attention"):
             raise FileError(f"{path} has a {node.op_type} whose MACs are not counted here")
     inputs = [value for value in graph.input if value.name not in weights]
     floats = [tensor for tensor in graph.initializer if tensor.data_type != onnx.TensorProto.INT64]

@@ -38,6 +38,8 @@ class SearchOptions:
         baseline: "leave-one-out" or "batch-mean" (the papers').
         price: "dual" finds it by dual ascent; a number is the papers' lambda, in loss per unit of C / limit.
         proportional, integral: gains of the dual ascent.
+        exploration: loss that a nat of entropy is worth when sampling starts; falls to 0 as the limit is reached.
+            Without it the gates settle early on what looked best at first.
         anneal: share of the search during which the limit falls from the expected cost to its value.
         candidates: architectures compared on validation data when one is chosen.
         recalibration: batches that set an architecture's batch norms before it is judged.
@@ -68,7 +70,8 @@ class SearchOptions:
     price: float | Literal["dual"] = "dual"
     proportional: float = 10.0
     integral: float = 0.02
-    anneal: float = 0.5
+    exploration: float = 0.02
+    anneal: float = 0.6
     candidates: int = 16
     recalibration: int = 10
     validate_every: int = 1
@@ -79,8 +82,8 @@ class SearchOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "candidates", "recalibration", "validate_every"):
             _check(name, getattr(self, name), whole=True, least=1)
-        _check("seed", self.seed, whole=True, least=0)
-        for name in ("learning_rate", "weight_decay", "gate_rate", "gate_limit", "proportional", "integral"):
+        _check("seed", self.seed, whole=True, least=0, below=2**24)  # the step has 40 bits beside it
+        for name in ("learning_rate", "weight_decay", "gate_rate", "gate_limit", "proportional", "integral", "exploration"):
             _check(name, getattr(self, name), least=0)
         for name in ("warmup", "finetune", "anneal", "momentum"):
             _check(name, getattr(self, name), least=0, below=1 if name != "anneal" else None)
@@ -161,8 +164,10 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device must be one that torch has here, got {name!r}") from error
+    if device.type == "meta":
+        raise ConfigError(f"device must be one that computes, got {name!r}")
     return device
 
 

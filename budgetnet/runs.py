@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from budgetnet.errors import ConfigError, FileError
+from budgetnet.errors import ConfigError, DivergenceError, FileError
 
 
 class RunFolder:
@@ -29,17 +30,26 @@ class RunFolder:
         """Starts the folder, or takes up one that the same options began.
 
         Raises:
-            ConfigError: the folder holds a run already and `resume` is off, or that run had other options.
+            ConfigError: the folder cannot be made, or holds a run already and `resume` is off, or that run had
+                other options.
+            FileError: the run's options.json is damaged.
         """
         if not (self.path / "options.json").exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise ConfigError(f"a new run needs a new or empty folder, got {self.path}")
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write("options.json", options)
+                what = "a run to resume has its options.json" if resume else "a new run needs a new or empty folder"
+                raise ConfigError(f"{what}, got {self.path}")
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.write("options.json", options)
+            except OSError as error:
+                raise ConfigError(f"a run needs a folder to write to, got {self.path}: {error.strerror}") from error
             return
         if not resume:
             raise ConfigError(f"{self.path} holds a run already: resume it (--resume) or choose another folder (--out)")
         before = self.read("options.json")
+        missing = [key for key in options if key not in before]
+        if missing:
+            raise FileError(f"{self.path / 'options.json'} must say what was asked, but lacks {missing[0]!r}")
         for key in ("space", "data", "budgets", "architecture", "search"):
             name, old, new = _first_difference(key, before.get(key), json.loads(json.dumps(options[key])))
             if name:
@@ -47,8 +57,7 @@ class RunFolder:
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file whole or not at all."""
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        replace(self.path / name, text.encode())
+        replace(self.path / name, (dumped(content, name, indent=1) + "\n").encode())
 
     def read(self, name: str) -> dict[str, Any]:
         """Reads a JSON file that holds one object.
@@ -58,7 +67,7 @@ class RunFolder:
         """
         path = self.path / name
         try:
-            content = json.loads(path.read_bytes())
+            content = parsed(path.read_bytes())
         except FileNotFoundError:
             raise FileError(f"expected a run's {name} at {path}, found no file") from None
         except (ValueError, OSError) as error:
@@ -70,7 +79,7 @@ class RunFolder:
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds an epoch to metrics.jsonl, in place of any that a killed run wrote for it or a later one."""
         kept = [old for old in self.metrics() if old["epoch"] < line["epoch"]]
-        lines = [json.dumps(entry, allow_nan=False) + "\n" for entry in (*kept, line)]
+        lines = [dumped(entry, "metrics.jsonl") + "\n" for entry in (*kept, line)]
         replace(self.path / "metrics.jsonl", "".join(lines).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -80,7 +89,7 @@ class RunFolder:
             FileError: a line is not JSON with an epoch.
         """
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
         return [_metrics_line(path, number, line) for number, line in enumerate(lines, start=1)]
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -89,7 +98,8 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         part = folder / "latest.safetensors.part"
         contiguous = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        save_file(contiguous, part, metadata={"state": json.dumps(state, allow_nan=False)})
+        metadata = {"state": dumped(state, "the checkpoint"), "tensors": dumped(sorted(contiguous), "the checkpoint")}
+        save_file(contiguous, part, metadata=metadata)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(folder / "latest.safetensors")
@@ -106,17 +116,26 @@ class RunFolder:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                state = json.loads((file.metadata() or {})["state"])
-                return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+                metadata = file.metadata() or {}
+                lacking = {"state", "tensors"} - set(metadata)
+                if lacking:
+                    raise ValueError(f"its metadata lack {min(lacking)!r}")
+                state, names = parsed(metadata["state"]), parsed(metadata["tensors"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError, OSError) as error:
             raise FileError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from error
+        if not isinstance(state, dict):
+            raise FileError(f"{path} is no checkpoint: its state must be an object, got {type(state).__name__}")
+        if names != sorted(tensors):
+            raise FileError(f"{path} must hold the tensors it lists, got others")
+        return tensors, state
 
 
 def load_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Copies checkpoint tensors into those of a network, after names, shapes and types have been compared.
 
     Raises:
-        FileError: one is missing, left over, or of another shape or type; nothing is copied then.
+        FileError: one is missing, left over, not finite, or of another shape or type; nothing is copied then.
     """
     missing, extra = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
     if missing or extra:
@@ -129,6 +148,8 @@ def load_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -
                 f"the checkpoint's {name!r} must be {tuple(target.shape)} {target.dtype}, "
                 f"got {tuple(value.shape)} {value.dtype}"
             )
+        if not bool(value.isfinite().all()):
+            raise FileError(f"the checkpoint's {name!r} must be finite numbers, got others")
     for name, target in targets.items():
         target.data.copy_(tensors[name])
 
@@ -136,12 +157,42 @@ def load_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -
 def replace(path: Path, content: bytes) -> None:
     """Writes a file so that, whenever the process or the machine stops, the old or the new one is there."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
+
+
+def dumped(content: Any, name: str, *, indent: int | None = None) -> str:
+    """JSON text of what goes into the file `name`.
+
+    Raises:
+        DivergenceError: it holds a number that is not finite.
+    """
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError as error:
+        raise DivergenceError(
+            f"what is measured must stay finite, got infinite numbers or none for {name}: lower the learning rates"
+        ) from error
+
+
+def parsed(text: str | bytes) -> Any:
+    """What JSON text holds.
+
+    Raises:
+        ValueError: it is no JSON, or holds a number that is not finite.
+    """
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def next_folder(parent: Path, name: str) -> Path:
@@ -154,12 +205,19 @@ def next_folder(parent: Path, name: str) -> Path:
 
 def _metrics_line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
+        entry = parsed(line)
         if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
             return entry
     except ValueError:
         pass
     raise FileError(f"{path} line {number} must hold one epoch as JSON, got {line[:40]!r}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"numbers must be finite, got {text}")
+    return number
 
 
 def _sync_folder(folder: Path) -> None:

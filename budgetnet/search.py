@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from budgetnet.architectures import named
 from budgetnet.budgets import Budget, check_reachable
 from budgetnet.data import Dataset
 from budgetnet.errors import ConfigError
@@ -44,8 +45,8 @@ def search(
         data: its training images learn, its validation images choose, its test images are looked at once.
         budgets: at least one; texts are read by `Budget.parse`.
         options: None for the defaults.
-        architecture: a name or `(1, G)` bits: train this one on the same schedule in place of searching, as
-            a baseline; budgets may then be empty.
+        architecture: a name, an architecture.json or `(1, G)` bits: train this one on the same schedule in place
+            of searching, as a baseline; budgets may then be empty.
         out: the run folder; None for a new one under `runs/`.
         resume: take up the run in `out` where it was stopped.
         command: what the user typed, kept with the run.
@@ -66,18 +67,20 @@ def search(
         network.gates.logits.fill_(options.gate_start)
     bound = [budget.bind(network) for budget in asked]
     limits = check_reachable(network, bound)
+    fixed = named(space, architecture) if isinstance(architecture, str) else architecture
+    if fixed is not None and not bool(space.used(fixed).any()):
+        raise ConfigError("an architecture to train must connect input and output, got one that does not")
     device = resolve_device(options.device)
     dtype = resolve_precision(options.precision, device)
     run = RunFolder(out if out is not None else next_folder(Path("runs"), f"{data.name}-{space.name}"))
-    fixed = space.architecture(architecture) if isinstance(architecture, str) else architecture
     asked_for = provenance(space, data, asked, options, fixed, command, device, dtype)
     run.create(asked_for, resume=resume)
     learner = Learner(network, bound, options, ignore=data.ignore, device=device, dtype=dtype)
     learner.chosen = fixed
     session = Session(run, data, learner, options)
+    session.take_up()
     if progress:
         progress.begin(limits, options)
-    session.take_up()
     while session.epoch < options.epochs:
         session.run_epoch(progress)
     return session.finish(limits)
@@ -108,7 +111,7 @@ def provenance(
 ) -> dict[str, Any]:
     """What options.json holds: all that was asked, and where it ran."""
     return {
-        "command": command,
+        "command": command or "budgetnet.search, from Python",
         "budgetnet": __version__,
         "torch": torch.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -91,6 +91,7 @@ def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, lo
     path = network.graph.cheapest_path(weights)
     likely = torch.tensor([[float(edge in path) for edge in network.columns]])
     starts = [kept, torch.maximum(kept, likely), likely, *(budget.cheapest(network) for budget in budgets)]
+    starts.append(torch.ones_like(kept))  # for a target that lies above all of these
     for start in starts:
         cut = _cut(network, budgets, trimmed(network, start), logits)
         if cut is not None:

@@ -20,6 +20,8 @@ from budgetnet.evaluation import Predict, evaluate, recalibrate
 from budgetnet.export import difference, export, latency, load
 from budgetnet.extraction import count, extract, fold_batch_norm
 from budgetnet.options import SearchOptions
+from budgetnet.report.records import Record
+from budgetnet.report.run import Run
 from budgetnet.runs import RunFolder
 from budgetnet.selection import keeps, probable
 from budgetnet.sites import Threshold, entropy
@@ -85,18 +87,60 @@ class Session:
         return "finetune" if self.fixed else self.options.phase(self.epoch)
 
     def take_up(self) -> None:
-        """Goes to where the last checkpoint was written."""
+        """Goes to where the last checkpoint was written.
+
+        Raises:
+            FileError: a file of the run is damaged, or the checkpoint says what cannot be.
+        """
+        Run.read(self.run.path)  # what cannot be reported at the end is said now
+        known = [line["epoch"] for line in self.run.metrics()]
         saved = self.run.load_checkpoint()
         if saved is None:
             return
-        tensors, state = saved
-        self.learner.load_state(tensors, state)
-        try:
-            self.epoch, self.batch, self.images = (int(state[key]) for key in ("epoch", "batch", "images"))
-            self.seconds, self.sums = float(state["seconds"]), Sums(**state["sums"])
-            self.candidates = list(state["candidates"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"the checkpoint of {self.run.path} does not say where the run stood: {error}") from error
+        tensors, values = saved
+        state = Record(values, f"the checkpoint of {self.run.path}")
+        self.epoch, self.batch, self.images = (state.whole(key) for key in ("epoch", "batch", "images"))
+        last, batches = self.options.epochs, len(self.train)
+        if not (0 <= self.batch <= batches and 0 <= self.epoch <= last - bool(self.batch)):
+            raise FileError(
+                f"{state.file} must stand within {last} epochs of {batches} batches, "
+                f"got epoch {self.epoch} and batch {self.batch}"
+            )
+        if self.images != (self.epoch * batches + self.batch) * self.train.batch_size:
+            raise FileError(f"{state.file} does not agree with itself: {self.images} images by epoch {self.epoch}")
+        if known[: self.epoch] != list(range(self.epoch)):
+            raise FileError(f"{self.run.path / 'metrics.jsonl'} must hold the {self.epoch} epochs that are over")
+        self.seconds, self.sums = state.number("seconds"), self._sums(state.record("sums"))
+        for candidate in state.records("candidates"):
+            candidate.costs("costs"), candidate.record("validation"), candidate.flag("chosen")
+        self.candidates = list(values["candidates"])
+        fixed = self.learner.chosen
+        self.learner.load_state(tensors, values)
+        self._check_choice(fixed)
+
+    def _sums(self, record: Record) -> Sums:
+        counts = {key: record.whole(key) for key in ("images", "samples")}
+        totals = {key: record.number(key) for key in ("loss", "right", "connected")}
+        sums = Sums(**counts, **totals, costs=list(record.numbers("costs")))  # type: ignore[arg-type]
+        samples = self.options.sampled(self.train.batch_size) * self.batch if self.phase() == "search" else 0
+        expected = (self.train.batch_size * self.batch, samples, len(self.budgets) if samples else 0)
+        if (sums.images, sums.samples, len(sums.costs)) != expected:
+            raise FileError(f"{record.file} must have sums over {self.batch} batches, got others")
+        return sums
+
+    def _check_choice(self, fixed: Tensor | None) -> None:
+        """Raises FileError unless there is a choice once there has to be one, and it keeps the budgets."""
+        here, chosen = (self.epoch, self.batch), self.learner.chosen
+        name = f"the checkpoint of {self.run.path}"
+        searched = not self.fixed and here > (self.options.warmup_epochs, 0)
+        if bool(self.learner.starts) != searched:
+            raise FileError(f"{name} must {'' if searched else 'not '}know where the costs of a search began")
+        if (chosen is not None) != (self.fixed or here > (self.options.epochs - self.options.finetune_epochs, 0)):
+            raise FileError(f"{name} must hold an architecture once one is chosen, and none before")
+        if fixed is not None and chosen is not None and not torch.equal(fixed.to(chosen), chosen):
+            raise FileError(f"{name} must hold the architecture that was asked for, got another")
+        if not self.fixed and chosen is not None and not bool(keeps(self.network, self.budgets, chosen)[0]):
+            raise FileError(f"the architecture in {name} does not keep the budgets")
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -237,8 +281,6 @@ class Session:
             self.choose()
         kept = self.learner.chosen
         assert kept is not None
-        if not self.fixed and not bool(keeps(self.network, self.budgets, kept)[0]):
-            raise FileError(f"the architecture in the checkpoint of {self.run.path} does not keep the budgets")
         started = time.monotonic()
         used = self.network.used(kept)
         self.settle(used)

@@ -116,6 +116,8 @@ class SuperNetwork(nn.Module):
         self.kinds = tuple(edge.kind for edge in edges)
         self.modules_on_edges = nn.ModuleList(edge.module for edge in edges)
         known = [given.get(node, Node(name=node)) for node in names]
+        if known[index[source]].activation is not None:
+            raise GraphError(f"the input {source!r} takes no activation: put it on the edges that leave it")
         self.activations = nn.ModuleList(node.activation or nn.Identity() for node in known)
         self.edge_steps = tuple(
             (0 if isinstance(edge.module, nn.Identity) else 1) if edge.steps is None else edge.steps for edge in edges
@@ -234,7 +236,9 @@ class SuperNetwork(nn.Module):
                         f"what enters {name!r} must be of one shape to be added: {shapes[node]} came first, "
                         f"{shape} from {self.edge_names[edge]!r}"
                     )
-            shapes[node] = output_shape(self.activations[node], shapes[node], name)
+            behind = output_shape(self.activations[node], shapes[node], name)
+            if behind != shapes[node]:
+                raise GraphError(f"the activation of {name!r} must keep the shape {shapes[node]}, got {behind}")
         return tuple(shapes[node] for node in range(len(self.graph.nodes)))
 
     def _bits(self, name: str, keeps: Sequence[str]) -> Tensor:

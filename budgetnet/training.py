@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from budgetnet.budgets import BoundBudget
 from budgetnet.errors import DivergenceError, FileError
 from budgetnet.objectives import Price, annealed, example_losses, per_architecture, score_function_loss
 from budgetnet.options import SearchOptions
+from budgetnet.report.records import Record
 from budgetnet.runs import load_tensors
-from budgetnet.sites import AlwaysOn, Fixed, Policy, Sample, log_prob
+from budgetnet.sites import AlwaysOn, Fixed, Policy, Sample, entropy, log_prob
 from budgetnet.supernet import SuperNetwork
 
 
@@ -124,10 +124,16 @@ class Learner:
                 penalty = penalty + price.value * budget.penalty(cost, limit)
                 distance = float(cost.mean()) / limit - 1
                 price.update(distance if budget.upper else abs(distance))
-            decided = log_prob(self.network.gates.logits, kept, self.network.relevant(kept))
+            logits, relevant = self.network.gates.logits, self.network.relevant(kept)
             objective = score_function_loss(
-                per_architecture(losses, len(kept)), penalty.to(losses), decided, baseline=self.options.baseline
+                per_architecture(losses, len(kept)),
+                penalty.to(losses),
+                log_prob(logits, kept, relevant),
+                baseline=self.options.baseline,
             )
+            # while the limit still falls, undecided gates are worth something; at the end they are not
+            undecided = (relevant @ entropy(logits)).mean()
+            objective = objective - self.options.exploration * (1 - progress) * undecided
             sums.samples += len(kept)
             sums.connected += float(used.any(dim=1).sum())
             sums.costs = [a + float(b.sum()) for a, b in zip(sums.costs or [0.0] * len(costs), costs, strict=True)]
@@ -167,7 +173,8 @@ class Learner:
                         tensors[f"optimizer.{kind}.{place}.{name}"] = value
         if self.chosen is not None:
             tensors["chosen"] = self.chosen
-        return tensors, {"prices": [asdict(price) for price in self.prices], "starts": self.starts}
+        prices = [{"value": price.value, "accumulated": price.accumulated} for price in self.prices]
+        return tensors, {"prices": prices, "starts": self.starts}
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Takes up what `state` gave.
@@ -175,26 +182,48 @@ class Learner:
         Raises:
             FileError: it is of another network, or incomplete.
         """
-        prefix = "network."
-        saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        load_tensors(self.network.state_dict(), saved)
-        try:
-            for kind, optimizer in (("weights", self.optimizer), ("gates", self.gate_optimizer)):
-                content = optimizer.state_dict()
-                content["state"] = {}
-                for key, value in tensors.items():
-                    if key.startswith(f"optimizer.{kind}."):
-                        _, _, place, name = key.split(".")
-                        content["state"].setdefault(int(place), {})[name] = value.clone()
-                optimizer.load_state_dict(content)
-            self.prices = [Price(**price) for price in state["prices"]]
-            self.starts = [float(start) for start in state["starts"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"the checkpoint lacks {error}: {json.dumps(sorted(state))}") from error
-        if len(self.prices) != len(self.budgets) or len(self.starts) not in (0, len(self.budgets)):
-            raise FileError(f"the checkpoint must have {len(self.budgets)} prices, got {len(self.prices)}")
-        self.chosen = tensors.get("chosen")
-        if self.chosen is not None and self.chosen.shape != (1, len(self.network.columns)):
-            raise FileError(
-                f"the checkpoint's 'chosen' must be (1, {len(self.network.columns)}), got {tuple(self.chosen.shape)}"
-            )
+        network = {name: value for name, value in tensors.items() if name.startswith("network.")}
+        weights = {name: value for name, value in tensors.items() if name.startswith("optimizer.weights.")}
+        gates = {name: value for name, value in tensors.items() if name.startswith("optimizer.gates.")}
+        other = sorted(set(tensors) - {*network, *weights, *gates, "chosen"})
+        if other:
+            raise FileError(f"the checkpoint is of another network: it has {other[0]!r}, which no run writes")
+        load_tensors({f"network.{name}": value for name, value in self.network.state_dict().items()}, network)
+        load_optimizer(self.optimizer, "optimizer.weights", weights)
+        load_optimizer(self.gate_optimizer, "optimizer.gates", gates)
+        record = Record(dict(state), "the checkpoint")
+        self.starts = list(record.numbers("starts"))
+        values = [(price.number("value"), price.number("accumulated")) for price in record.records("prices")]
+        if len(values) != len(self.budgets) or len(self.starts) not in (0, len(self.budgets)):
+            raise FileError(f"the checkpoint must have {len(self.budgets)} prices, got {len(values)}")
+        if any(number < 0 for pair in values for number in pair):
+            raise FileError(f"the checkpoint's prices must be >= 0, got {min(map(min, values)):g}")
+        for price, pair in zip(self.prices, values, strict=True):
+            price.value, price.accumulated = pair
+        self.chosen = None
+        if "chosen" in tensors:
+            chosen = torch.empty(1, len(self.network.columns))
+            load_tensors({"chosen": chosen}, {"chosen": tensors["chosen"]})
+            if not bool(((chosen == 0) | (chosen == 1)).all()):
+                raise FileError("the checkpoint's 'chosen' must be bits, got other numbers")
+            self.chosen = chosen
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Takes up what an optimiser knew of each parameter it has moved; `tensors` are named "PREFIX.PLACE.NAME".
+
+    Raises:
+        FileError: what it knew of a parameter is incomplete, or of another shape or type.
+    """
+    adam = isinstance(optimizer, torch.optim.Adam)
+    names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
+    moved = {name.removeprefix(f"{prefix}.").partition(".")[0] for name in tensors}
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    state = {
+        place: {name: torch.empty(() if name == "step" else value.shape) for name in names}
+        for place, value in enumerate(parameters)
+        if str(place) in moved
+    }
+    targets = {f"{prefix}.{place}.{name}": value for place, entry in state.items() for name, value in entry.items()}
+    load_tensors(targets, tensors)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

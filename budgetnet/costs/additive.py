@@ -20,20 +20,22 @@ from budgetnet.supernet import Shape, SuperNetwork, evaluating
 
 @dataclass(frozen=True, eq=False)
 class EdgeCost:
-    """Sum over used edges, and over the additions where they meet.
+    """Sum over used edges, over the additions where they meet, and over the activations behind them.
 
-    `C(H) = sum_e used_e(H) c_e + sum_n max(0, inputs_n(H) - 1) a_n`
+    `C(H) = sum_e used_e(H) c_e + sum_n max(0, inputs_n(H) - 1) a_n + sum_n alive_n(H) b_n`
 
     Attributes:
         graph: the E edges and N nodes being priced.
         per_edge: `(E,)` float64 cost of one forward pass on one example, in `unit`.
         per_addition: `(N,)` float64 cost of adding one more input into each node.
+        per_node: `(N,)` float64 cost of each node's activation, paid where anything enters.
         unit: what the numbers count: "MAC", "parameter".
     """
 
     graph: Graph
     per_edge: Tensor
     per_addition: Tensor
+    per_node: Tensor
     unit: str
 
     def __call__(self, used: Tensor) -> Tensor:
@@ -42,18 +44,21 @@ class EdgeCost:
         columns = used.t().contiguous()  # (E, B): bits stay bits until they are weighed
         # every used input pays its addition, then each live node gets its first one back
         cost = weigh(self.per_edge + self.per_addition[ends], columns)
-        if self.per_addition.any():
-            alive = [
-                reduce(either, [columns[edge] for edge in entering]) for entering in self.graph.incoming if entering
-            ]
-            back = [price for price, entering in zip(self.per_addition, self.graph.incoming, strict=True) if entering]
-            cost = cost - weigh(torch.stack(back), torch.stack(alive))
+        by_node = self.per_node - self.per_addition
+        if by_node.any():
+            entered = [node for node, entering in enumerate(self.graph.incoming) if entering]
+            alive = [reduce(either, [columns[edge] for edge in self.graph.incoming[node]]) for node in entered]
+            cost = cost + weigh(by_node[entered], torch.stack(alive))
         return cost
 
     @property
     def along_path(self) -> list[float]:
-        """What each edge costs on a path of its own, where nothing is added: the smallest network is such a path."""
-        return [float(cost) for cost in self.per_edge]
+        """What each edge and the node it enters cost on a path of their own, where nothing is added.
+
+        The smallest network is such a path.
+        """
+        ends = [end for _, end in self.graph.edges]
+        return [float(cost) for cost in self.per_edge + self.per_node[ends]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,9 @@ class MACs:
             return macs
 
         additions = [prod(shape) for shape in network.shapes]
-        return EdgeCost(network.graph, per_edge(network, count), as_cost(additions), self.unit)
+        return EdgeCost(
+            network.graph, per_edge(network, count), as_cost(additions), per_node(network, count), self.unit
+        )
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,14 @@ class Params:
 
     def bind(self, network: SuperNetwork) -> EdgeCost:
         """The cost of this network's architectures."""
-        counts = per_edge(network, lambda module, shape: sum(value.numel() for value in module.parameters()))
-        return EdgeCost(network.graph, counts, as_cost([0] * len(network.graph.nodes)), self.unit)
+
+        def count(module: nn.Module, shape: Shape) -> int:
+            return sum(value.numel() for value in module.parameters())
+
+        additions = [0] * len(network.graph.nodes)
+        return EdgeCost(
+            network.graph, per_edge(network, count), as_cost(additions), per_node(network, count), self.unit
+        )
 
 
 def module_macs(module: nn.Module, shape: Shape) -> int:
@@ -120,6 +133,11 @@ def per_edge(network: SuperNetwork, count: Callable[[nn.Module, Shape], int]) ->
     """`(E,)` of `count(module, shape of its input)`."""
     starts = [network.shapes[start] for start, _ in network.graph.edges]
     return as_cost([count(module, shape) for module, shape in zip(network.modules_on_edges, starts, strict=True)])
+
+
+def per_node(network: SuperNetwork, count: Callable[[nn.Module, Shape], int]) -> Tensor:
+    """`(N,)` of `count(activation, shape of the node)`; an activation keeps the shape it is given."""
+    return as_cost([count(module, shape) for module, shape in zip(network.activations, network.shapes, strict=True)])
 
 
 def weigh(weights: Tensor, columns: Tensor) -> Tensor:

@@ -53,12 +53,18 @@ class StepCost:
         graph: E edges and N nodes.
         edge_steps, node_steps: 0 or 1 cycle for each.
         workers: tasks that run in one cycle.
+
+    Raises:
+        ConfigError: a task takes another number of cycles.
     """
 
     unit = "step"
 
     def __init__(self, graph: Graph, edge_steps: tuple[int, ...], node_steps: tuple[int, ...], workers: int) -> None:
         self.graph, self.edge_steps, self.node_steps, self.workers = graph, edge_steps, node_steps, workers
+        for steps in (*edge_steps, *node_steps):
+            if steps not in (0, 1):
+                raise ConfigError(f"a module or a sum takes 0 or 1 steps, got {steps}")
         nodes = len(graph.nodes)
         successors = [[nodes + edge for edge in leaving] for leaving in graph.outgoing]
         successors += [[end] for _, end in graph.edges]
@@ -89,8 +95,8 @@ class StepCost:
                 before = [finished[nodes + edge] for edge in entering]
                 ready = max_of(before) if before else torch.zeros_like(latest)
                 steps, works = self.node_steps[task], None
-                if steps and entering:
-                    works = columns[list(entering)].any(dim=0)
+                if steps:  # the input has nothing that enters it
+                    works = columns[list(entering or self.graph.outgoing[task])].any(dim=0)
             else:
                 edge = task - nodes
                 ready, steps, works = finished[self.graph.edges[edge][0]], self.edge_steps[edge], columns[edge]

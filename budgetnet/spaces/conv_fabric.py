@@ -54,6 +54,8 @@ def conv_fabric(
     shape = image_shape(in_channels, image_size, divisor=2 ** (depth - 1))
     if depth == 1 and width == 1:
         raise ConfigError("a fabric of one column and one resolution has no choice: width or depth must be > 1")
+    if dense and width == 1:
+        raise ConfigError("a fabric for segmentation needs width > 1: its first column leads down, its last one up")
 
     nodes = [
         # a sum takes a step even of one input (docs/counting.md); the first layer is the input convolution itself

@@ -1,0 +1,82 @@
+"""What the tests share: a cache of their own, and two runs of a few seconds, one finished and one stopped on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+SMALL = (
+    "--data digits --space.width 1 --space.channels 4 --epochs 3 --warmup 0.34 --finetune 0.33 --train_images 256 "
+    "--budget macs<=60%"
+).split()
+"""Two batches in each of three epochs: one to warm up, one to search, one to fine-tune."""
+
+
+class Runs(NamedTuple):
+    """Run folders of `SMALL`; copy them, never change them."""
+
+    finished: Path
+    unfinished: Path  # stopped in its last epoch, between the two batches
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BUDGETNET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def told(tmp_path_factory):
+    """A finished run in a process of its own, with what it printed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, subprocess.run(command("-m", "budgetnet", "search", *SMALL, "--out", str(folder), "--json"),
+                                  env=alone(), capture_output=True, text=True, check=False)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def runs(told, tmp_path_factory):
+    from budgetnet import cli, session, training
+
+    steps, step = [], training.Learner.step
+
+    def stopped(*arguments, **options):
+        steps.append(None)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        step(*arguments, **options)
+
+    folder = tmp_path_factory.mktemp("unfinished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Learner, "step", stopped)
+        patch.setattr(session, "CHECKPOINT_SECONDS", -1)  # after every batch
+        assert cli.main(["search", *SMALL, "--out", str(folder), "--json"]) == 130
+    return Runs(told[0], folder)
+
+
+@pytest.fixture
+def finished(runs, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(runs.finished, tmp_path / "run")
+
+
+@pytest.fixture
+def unfinished(runs, tmp_path):
+    """A copy of the run that was stopped."""
+    return shutil.copytree(runs.unfinished, tmp_path / "run")
+
+
+def command(*arguments: str) -> list[str]:
+    """A command line of this Python."""
+    return [sys.executable, *arguments]
+
+
+def alone() -> dict[str, str]:
+    """The environment of a process that computes on one thread, so that its bits can be compared."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}

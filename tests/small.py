@@ -1,0 +1,124 @@
+"""Small graphs and networks that several tests can enumerate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from random import Random
+
+import networkx as nx
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from budgetnet import Edge, Node, SuperNetwork
+from budgetnet.graph import Graph
+
+
+def random_graph(seed: int, nodes: int, extra: int) -> Graph:
+    """A DAG whose nodes all lie on a path; `extra` edges more, parallel ones among them; indices in no order."""
+    random = Random(seed)
+    pairs = [(random.randrange(node), node) for node in range(1, nodes)]
+    pairs += [(node, random.randrange(node + 1, nodes)) for node in range(nodes - 1) if node not in dict(pairs)]
+    pairs += [tuple(sorted(random.sample(range(nodes), 2))) for _ in range(extra)]
+    random.shuffle(pairs)
+    place = random.sample(range(nodes), nodes)
+    edges = tuple((place[start], place[end]) for start, end in pairs)
+    return Graph(tuple(f"n{node}" for node in range(nodes)), edges, place[0], place[-1])
+
+
+def graphs(nodes: int = 6, extra: int = 3) -> st.SearchStrategy[Graph]:
+    """Random graphs of 2 to `nodes` nodes."""
+    return st.builds(random_graph, st.integers(0, 2**32 - 1), st.integers(2, nodes), st.integers(0, extra))
+
+
+def every(bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """All `(2**bits, bits)` rows of bits."""
+    return torch.tensor(list(product((0, 1), repeat=bits)), dtype=dtype)
+
+
+def reachable(graph: Graph, kept: Sequence[bool]) -> tuple[set[int], set[int]]:
+    """Nodes the source reaches, and nodes that reach the sink, over kept edges, by networkx."""
+    drawn = nx.MultiDiGraph()
+    drawn.add_nodes_from(range(len(graph.nodes)))
+    drawn.add_edges_from(edge for edge, bit in zip(graph.edges, kept, strict=True) if bit)
+    return {graph.source} | nx.descendants(drawn, graph.source), {graph.sink} | nx.ancestors(drawn, graph.sink)
+
+
+def slow_used(graph: Graph, kept: Sequence[bool]) -> list[bool]:
+    """Kept edges between a node that is reached and one that reaches the sink."""
+    ahead, behind = reachable(graph, kept)
+    return [bool(bit) and a in ahead and b in behind for bit, (a, b) in zip(kept, graph.edges, strict=True)]
+
+
+def network_on(
+    graph: Graph, *, seed: int = 0, fixed: Sequence[int] = (), channels: int = 3, side: int = 4
+) -> SuperNetwork:
+    """Convolutions of several kinds on the edges of a graph, ReLU on its nodes, and a classifier behind its sink."""
+    random = Random(seed)
+    kinds = [
+        lambda: nn.Conv2d(channels, channels, 1, bias=False),
+        lambda: nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)),
+        lambda: nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels), nn.PReLU()),
+        nn.Identity,
+    ]
+    edges = [
+        Edge(start=graph.nodes[a], end=graph.nodes[b], module=random.choice(kinds)(), name=f"e{i}", fixed=i in fixed)
+        for i, (a, b) in enumerate(graph.edges)
+    ]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
+    edges.append(Edge(start=graph.nodes[graph.sink], end="y", module=head, name="head", fixed=True))
+    inner = [name for place, name in enumerate(graph.nodes) if place != graph.source]
+    network = SuperNetwork(
+        edges,
+        input_shape=(channels, side, side),
+        source=graph.nodes[graph.source],
+        nodes=[Node(name=name, activation=nn.ReLU()) for name in inner],
+    )
+    return stir(network, seed)
+
+
+def stir(network: SuperNetwork, seed: int) -> SuperNetwork:
+    """The network with random weights and batch-norm statistics, so that nothing cancels or stays at its start."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(size: torch.Size) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    with torch.no_grad():
+        for name, value in network.named_parameters():
+            if name != "gates.logits":
+                value.copy_(normal(value.shape) / max(1, value[0].numel()) ** 0.5)
+        for part in network.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.weight.copy_(1 + 0.3 * normal(part.weight.shape))
+                part.running_mean.copy_(0.3 * normal(part.running_mean.shape))
+                part.running_var.copy_((0.3 * normal(part.running_var.shape)).exp())
+    return network
+
+
+def exact(network: SuperNetwork, seed: int) -> SuperNetwork:
+    """The network in float64 with small whole numbers for weights: its sums do not round, in whatever order."""
+    generator = torch.Generator().manual_seed(seed)
+    network.double()
+    with torch.no_grad():
+        for value in (*network.parameters(), *network.buffers()):
+            value.copy_(torch.randint(-1, 2, value.shape, generator=generator))
+        for part in network.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eps = 0.0
+                part.running_var.fill_(1)
+                part.weight.fill_(1)
+    return network
+
+
+def connected(network: SuperNetwork, count: int, seed: int, probability: float = 0.6) -> Tensor:
+    """`(count, G)` random architectures that connect input and output."""
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.zeros(0, len(network.columns))
+    for _ in range(200):
+        drawn = torch.bernoulli(torch.full((16 * count, len(network.columns)), probability), generator=generator)
+        found = torch.cat([found, drawn[network.used(drawn).any(dim=1)]])
+        if len(found) >= count:
+            return found[:count]
+    raise AssertionError("no such architecture was drawn")
