@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -41,7 +42,7 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
     """Writes a plain network to a file; the ending, .onnx or .pt2, says which kind. The batch size stays free.
 
     Args:
-        network: maps `(B, C, H, W)` to its output; exported as it stands in evaluation mode.
+        network: maps `(B, C, H, W)` to its output; exported as it stands in evaluation mode, itself unchanged.
         path: where to.
         example: `(B, C, H, W)`.
 
@@ -53,10 +54,12 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
     if kind not in FORMATS:
         raise ConfigError(f"a network is exported to a .onnx or .pt2 file, got {path.name!r}")
     example = torch.cat([example, example])[:2].cpu().float()  # a free batch size needs an example of two
-    network = network.cpu().eval()
+    network = copy.deepcopy(network).cpu().eval()
     part = path.with_name(path.name + ".part")
     with _quiet():
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine
         if kind == "pt2":
             with part.open("wb") as file:
                 torch.export.save(program, file)

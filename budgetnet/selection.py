@@ -110,11 +110,22 @@ def _cut(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, lo
         used = used[logits[used].argsort(stable=True)]
         without = kept.repeat(len(used), 1)
         without[torch.arange(len(used)), used] = 0
-        connected = network.used(without).any(dim=1)
-        if not bool(connected.any()):
+        possible = network.used(without).any(dim=1) & ~_short(network, budgets, without)
+        if not bool(possible.any()):
             return None
-        kept = trimmed(network, without[int(connected.nonzero()[0])][None])
+        kept = trimmed(network, without[int(possible.nonzero()[0])][None])
     return kept
+
+
+def _short(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor) -> Tensor:
+    """Whether `(B, G)` architectures lie under a target, which cutting cannot mend, `(B,)` bool."""
+    used = network.used(kept)
+    short = torch.zeros(len(kept), dtype=torch.bool)
+    for budget in budgets:
+        if not budget.upper:
+            cost = budget.model(used)
+            short |= ~budget.met(cost) & (cost < budget.limit)
+    return short
 
 
 def _filled(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> Tensor:

@@ -317,14 +317,19 @@ def output_shape(module: nn.Module, shape: Shape, name: str) -> Shape:
     Raises:
         GraphError: the module does not take that shape.
     """
-    state = {key: value.detach().to("meta") for key, value in (*module.named_parameters(), *module.named_buffers())}
     try:
         with evaluating(module), torch.no_grad():
-            output = functional_call(module, state, torch.empty(2, *shape, device="meta"))
+            output = functional_call(module, on_meta(module), torch.empty(2, *shape, device="meta"))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GraphError(f"{name!r} cannot take an input of shape {shape}: {reason}") from error
     return tuple(output.shape[1:])
+
+
+def on_meta(module: nn.Module) -> dict[str, Tensor]:
+    """What a module holds, without its values, in float32: shapes and counts do not depend on the type."""
+    held = {key: value.detach().to("meta") for key, value in (*module.named_parameters(), *module.named_buffers())}
+    return {key: value.float() if value.is_floating_point() else value for key, value in held.items()}
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class Learner:
             sums.costs = [a + float(b.sum()) for a, b in zip(sums.costs or [0.0] * len(costs), costs, strict=True)]
         if not torch.isfinite(objective):
             raise DivergenceError(
-                f"the loss must stay finite, got {float(objective)} at learning rate {rate:.3g}: lower learning_rate"
+                f"the loss must stay finite, got {objective.item()} at learning rate {rate:.3g}: lower learning_rate"
             )
         self._update(objective, rate, gates=phase == "search")
         sums.images += len(x)

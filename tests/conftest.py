@@ -1,4 +1,4 @@
-"""What the tests share: a cache of their own, and two runs of a few seconds, one finished and one stopped on the way."""
+"""What the tests share: a cache of their own, and two runs of a few seconds, one finished and one stopped half-way."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import pytest
 
-SMALL = (
-    "--data digits --space.width 1 --space.channels 4 --epochs 3 --warmup 0.34 --finetune 0.33 --train_images 256 "
-    "--budget macs<=60%"
-).split()
+SMALL = [
+    *("--data", "digits", "--train_images", "256", "--space.width", "1", "--space.channels", "4"),
+    *("--epochs", "3", "--warmup", "0.34", "--finetune", "0.33", "--budget", "macs<=60%"),
+]
 """Two batches in each of three epochs: one to warm up, one to search, one to fine-tune."""
 
 
@@ -34,10 +34,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def told(tmp_path_factory):
-    """A finished run in a process of its own, with what it printed."""
+    """The finished run, from a process of its own, and that process with what it printed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, subprocess.run(command("-m", "budgetnet", "search", *SMALL, "--out", str(folder), "--json"),
-                                  env=alone(), capture_output=True, text=True, check=False)  # fmt: skip
+    return folder, python("-m", "budgetnet", "search", *SMALL, "--out", str(folder), "--json")
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +55,8 @@ def runs(told, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.Learner, "step", stopped)
         patch.setattr(session, "CHECKPOINT_SECONDS", -1)  # after every batch
-        assert cli.main(["search", *SMALL, "--out", str(folder), "--json"]) == 130
+        assert cli.main(["search", *SMALL, "--out", str(folder), "--json"]) == cli.INTERRUPTED
+    assert told[1].returncode == 0, told[1].stderr
     return Runs(told[0], folder)
 
 
@@ -72,11 +72,12 @@ def unfinished(runs, tmp_path):
     return shutil.copytree(runs.unfinished, tmp_path / "run")
 
 
-def command(*arguments: str) -> list[str]:
-    """A command line of this Python."""
-    return [sys.executable, *arguments]
+def python(*arguments, **given):
+    """Runs this Python on one thread, so that the bits it computes can be compared."""
+    return subprocess.run(
+        [sys.executable, *arguments], env=alone(), capture_output=True, text=True, check=False, **given
+    )
 
 
-def alone() -> dict[str, str]:
-    """The environment of a process that computes on one thread, so that its bits can be compared."""
+def alone():
     return {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -20,7 +20,7 @@ PRICE = 1.0  # lambda of Eq. 2, in nats per unit of C / limit
 
 def small_space() -> bn.SuperNetwork:
     """A convolutional neural fabric of 2 columns and 3 resolutions: 11 choices, 2,048 architectures."""
-    return bn.spaces.conv_fabric(width=2, depth=3, channels=8, image_size=8, in_channels=1)
+    return bn.spaces.conv_fabric(width=2, depth=3, channels=4, image_size=8, in_channels=1)
 
 
 def trained_on_all(space: bn.SuperNetwork, x: torch.Tensor, y: torch.Tensor, seed: int) -> None:

@@ -67,7 +67,14 @@ def search(extra: str = "", budget: str | None = "macs<=60%", out: str = "{tmp}/
 RESUME = search("--resume")
 CATS = tuple(f"train/{kind}/{number}.png" for kind in ("cat", "dog") for number in range(4))
 FACES = tuple(f"{part}/{kind}/0.png" for part in ("train", "val", "test") for kind in ("images", "masks"))
-CODE = "from budgetnet import Edge, SuperNetwork\nfrom torch import nn\n"
+CYCLE = """
+from budgetnet import Edge, SuperNetwork
+from torch import nn
+
+def build():
+    edges = [Edge(start=start, end=end, module=nn.Identity()) for start, end in ("xa", "ab", "ba", "by")]
+    return SuperNetwork(edges, input_shape=(1, 8, 8))
+"""
 FEW = "search --epochs 3 --warmup 0.34 --finetune 0.33 --budget macs<=60% --out {tmp}/run"
 OWN = f"{FEW} --space {{tmp}}/own.py:build"
 FOLDER = f"{FEW} --data {{tmp}}/data"
@@ -153,11 +160,7 @@ SPACES = [
     Wrong(
         "a space with a cycle",
         OWN,
-        written(
-            "own.py",
-            CODE
-            + "def build():\n    pairs = [('x', 'a'), ('a', 'b'), ('b', 'a'), ('b', 'y')]\n    return SuperNetwork([Edge(start=s, end=e, module=nn.Identity()) for s, e in pairs], input_shape=(1, 8, 8))\n",
-        ),
+        written("own.py", CYCLE),
     ),
 ]
 DATA = [
@@ -251,7 +254,7 @@ CHECKPOINTS = [
     Wrong("sums over other batches", RESUME, checkpoint(lambda tensors, known: known["sums"].update(images=0))),
     Wrong("sums that are a list", RESUME, state(sums=[])),
     Wrong("candidates that are numbers", RESUME, state(candidates=[1])),
-    Wrong("a price in words", RESUME, state(prices=[{"value": "x", "accumulated": 0.0}])),
+    Wrong("a price in words in the checkpoint", RESUME, state(prices=[{"value": "x", "accumulated": 0.0}])),
     Wrong("a negative price in the checkpoint", RESUME, state(prices=[{"value": -1.0, "accumulated": 0.0}])),
     Wrong("a price too many", RESUME, state(prices=[{"value": 1.0, "accumulated": 0.0}] * 2)),
     Wrong("a search that never began", RESUME, state(starts=[])),
@@ -272,7 +275,7 @@ PT2, ONNX = "measure {tmp}/network.pt2", "measure {tmp}/network.onnx"
 FILES = [
     Wrong("nothing to measure", "measure"),
     Wrong("something unknown to measure", "measure vgg"),
-    Wrong("a cost that does not exist", "measure resnet_fabric --costs macs,watts"),
+    Wrong("a cost to measure that does not exist", "measure resnet_fabric --costs macs,watts"),
     Wrong(
         "a cost that a file does not have", "measure {tmp}/network.onnx --costs steps:2", written("network.onnx", "")
     ),

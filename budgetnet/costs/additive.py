@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet.errors import ConfigError
 from budgetnet.graph import Graph, either
-from budgetnet.supernet import Shape, SuperNetwork, evaluating
+from budgetnet.supernet import Shape, SuperNetwork, evaluating, on_meta
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +122,9 @@ class Params:
 
 def module_macs(module: nn.Module, shape: Shape) -> int:
     """MACs of one forward pass on one example of `shape`, counted by torch on the meta device."""
-    state = {key: value.detach().to("meta") for key, value in (*module.named_parameters(), *module.named_buffers())}
     counter = FlopCounterMode(display=False)
     with evaluating(module), torch.no_grad(), counter:
-        functional_call(module, state, torch.empty(1, *shape, device="meta"))
+        functional_call(module, on_meta(module), torch.empty(1, *shape, device="meta"))
     return int(counter.get_total_flops()) // 2  # torch counts a multiply-add as two
 
 

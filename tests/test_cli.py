@@ -1,0 +1,253 @@
+"""The command line: what each command prints for programs, its exit status, and that a run can be taken up again."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+
+from budgetnet import cli, training
+from budgetnet.export import difference, load
+
+OWN = '''
+"""A network of three modules, two of them choices."""
+from torch import nn
+from budgetnet import Edge, SuperNetwork
+
+def build(classes: int, image_size: int, channels: int = 3) -> SuperNetwork:
+    edges = [
+        Edge(start="x", end="a", module=nn.Conv2d(1, channels, 3), fixed=True),
+        Edge(start="a", end="b", module=nn.Conv2d(channels, channels, 3, padding=1)),
+        Edge(start="a", end="b", module=nn.Identity(), name="skip"),
+        Edge(start="b", end="y", module=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+             nn.Linear(channels, classes)), fixed=True),
+    ]
+    return SuperNetwork(edges, input_shape=(1, image_size, image_size), architectures={"plain": ["skip"]})
+'''
+QUICK = ["--data", "digits", "--train_images", "128", "--epochs", "1", "--warmup", "0", "--finetune", "0"]
+
+
+@pytest.fixture
+def say(capsys):
+    """Runs a command that succeeds; gives the JSON object it prints with `--json`."""
+
+    def run(*arguments):
+        assert cli.main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_a_search_prints_its_result_and_writes_the_run(told):
+    folder, process = told
+    result = json.loads(process.stdout)
+    assert process.stderr == ""
+    assert result == json.loads((folder / "result.json").read_text())
+    promised = {"space", "data", "seed", "images_seen", "seconds", "budgets", "full", "network", "validation", "test"}
+    assert promised | {"equivalence"} <= set(result)
+    assert set(result["budgets"][0]) >= {"cost", "unit", "limit", "value", "met"}
+    assert {"macs", "params"} <= set(result["full"])
+    assert {"macs", "params", "memory", "latency_ms"} <= set(result["network"])
+    assert set(result["network"]["latency_ms"]) >= {"median", "p10", "p90", "runtime", "threads", "batch"}
+    assert "accuracy" in result["validation"]
+    assert "accuracy" in result["test"]
+    assert {"extracted", "onnx", "pt2"} <= set(result["equivalence"])
+    assert result["equivalence"]["extracted"] == 0
+    assert max(result["equivalence"].values()) < 1e-4
+    assert result["images_seen"] == 3 * 256
+    files = ["options.json", "metrics.jsonl", "architecture.json", "network.pt2", "network.onnx", "report.html"]
+    assert all((folder / name).is_file() for name in [*files, "checkpoint/latest.safetensors"])
+    phases = [json.loads(line)["phase"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert phases == ["warmup", "search", "finetune"]
+
+
+def test_the_budget_is_kept_and_counted_alike(told):
+    result = json.loads(told[1].stdout)
+    (budget,) = result["budgets"]
+    assert budget["met"]
+    assert budget["value"] <= budget["limit"] == pytest.approx(0.6 * result["full"]["macs"])
+    assert budget["value"] == result["network"]["macs"]  # the cost model, and a count on the extracted network
+
+
+@pytest.mark.parametrize("name", ["network.onnx", "network.pt2"])
+def test_a_file_costs_what_the_run_says(name, runs, say):
+    result = json.loads((runs.finished / "result.json").read_text())["network"]
+    measured = say("measure", runs.finished / name, "--costs", "macs,params,memory")
+    assert measured["units"] == {"macs": "MAC", "params": "parameter", "memory": "B"}
+    assert measured["costs"]["macs"] == result["macs"]
+    assert measured["costs"]["params"] < result["params"]  # batch norms are folded into their convolutions
+    assert measured["costs"]["memory"] == result["memory"] == 4 * measured["costs"]["params"]
+
+
+def test_a_run_costs_what_it_says(runs, say):
+    result = json.loads((runs.finished / "result.json").read_text())["network"]
+    costs = say("measure", runs.finished, "--costs", "macs,params,memory")["costs"]
+    assert costs == {key: result[key] for key in ("macs", "params", "memory")}
+    both = [
+        say("measure", runs.finished, *more) for more in ([], ["--architecture", runs.finished / "architecture.json"])
+    ]
+    assert both[0] == both[1]
+
+
+def test_latency_is_measured_in_milliseconds(runs, say):
+    for target in (runs.finished, runs.finished / "network.onnx", runs.finished / "network.pt2"):
+        measured = say("measure", target, "--costs", "latency")
+        assert measured["units"] == {"latency": "ms"}
+        assert 0 < measured["costs"]["latency"] < 1000
+
+
+def test_a_space_is_measured_with_its_options_and_architectures(say):
+    small = ("measure", "resnet_fabric", "--space.width", "1", "--space.channels=4")
+    full, resnet = say(*small), say(*small, "--architecture", "resnet")
+    assert set(full["costs"]) == {"macs", "params", "steps"}
+    assert all(resnet["costs"][key] < full["costs"][key] for key in ("macs", "params"))
+    assert list(say(*small, "--costs", "steps[workers=2],macs:paper")["costs"]) == ["steps[workers=2]", "macs:paper"]
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_export_copies_a_network_that_loads(kind, runs, tmp_path, say):
+    out = tmp_path / f"mine.{kind}"
+    told = say("export", runs.finished, "--format", kind, "--out", out)
+    assert told == {"file": str(out), "bytes": out.stat().st_size}
+    assert out.read_bytes() == (runs.finished / f"network.{kind}").read_bytes()
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert difference(load(out), load(runs.finished / "network.pt2"), x) < 1e-4
+
+
+def test_export_to_the_file_itself_leaves_it_whole(finished, say):
+    before = (finished / "network.onnx").read_bytes()
+    say("export", finished, "--out", finished / "network.onnx")
+    assert (finished / "network.onnx").read_bytes() == before
+
+
+def test_reports_are_written_again_and_of_several_runs(finished, runs, tmp_path, say):
+    (finished / "report.html").unlink()
+    assert say("report", finished) == {"report": str(finished / "report.html")}
+    assert (finished / "report.html").stat().st_size > 1000
+    both = tmp_path / "both.html"
+    assert say("report", finished, runs.unfinished, "--out", both) == {"report": str(both)}
+    assert both.is_file()
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_explains_every_option(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--json" in text
+    assert text.count("\n  -") > 2
+    if command == "search":
+        for words in ("passes over the training images", "--space.width", "BSN: 50 of 300", "resume", "seed"):
+            assert words in " ".join(text.split())
+
+
+def test_help_comes_without_a_command_too(capsys):
+    assert cli.main(["--help"]) == 0
+    assert cli.main([]) == cli.WRONG
+    assert capsys.readouterr().out.count("budgetnet search") == 2
+
+
+def test_people_see_tables(finished, capsys):
+    assert cli.main(["measure", str(finished)]) == 0
+    assert "MAC" in capsys.readouterr().out
+    assert cli.main(["export", str(finished), "--out", str(finished / "a.onnx")]) == 0
+    assert capsys.readouterr().out == f"wrote {finished / 'a.onnx'}\n"
+
+
+def test_a_space_of_ones_own_from_search_to_measure(tmp_path, say, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    space = f"{tmp_path / 'own.py'}:build"
+    found = say("search", *QUICK, "--space", space, "--space.channels", 2, "--budget", "macs<=90%", "--out", "run")
+    assert found["budgets"][0]["met"]
+    assert found["space"]["name"] == "own"
+    assert say("measure", space, "--space.classes", 10, "--space.image_size", 8, "--space.channels", 2)["costs"][
+        "macs"
+    ] == found["full"]["macs"]  # fmt: skip
+    assert say("measure", "run/network.onnx", "--costs", "macs")["costs"]["macs"] == found["network"]["macs"]
+
+
+def test_several_budgets_and_targets_are_all_met(tmp_path, say, capsys):
+    budgets = ["--budget", "macs~=60%", "--budget", "params<=95%", "--budget", "steps[workers=2]<=12"]
+    command = [
+        "search",
+        *QUICK,
+        "--space.width",
+        "1",
+        "--space.channels",
+        "4",
+        *budgets,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert cli.main(command) == 0  # as people run it
+    assert "yes" in capsys.readouterr().out
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [row["cost"] for row in found["budgets"]] == ["macs", "params", "steps:2"]
+    assert all(row["met"] for row in found["budgets"])
+    assert abs(found["budgets"][0]["value"] / found["budgets"][0]["limit"] - 1) <= 0.05
+
+
+def test_a_named_architecture_is_trained_without_a_search(tmp_path, say):
+    small = ["--space.width", "1", "--space.channels", "4", "--out", tmp_path / "run"]
+    found = say("search", *QUICK, *small, "--architecture", "resnet")
+    assert found["budgets"] == []
+    assert found["network"]["macs"] < found["full"]["macs"]
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["phase"] == "finetune"
+
+
+def test_a_search_from_python_without_a_command_is_reported(tmp_path):
+    import budgetnet as bn
+
+    options = bn.SearchOptions(epochs=1, warmup=0, finetune=0)
+    space = bn.spaces.resnet_fabric(width=1, channels=4, image_size=8, in_channels=1)
+    data = bn.data.load("digits").subset(128, seed=0)
+    found = bn.search(space, data, [bn.Budget(bn.costs.MACs(), at_most="90%")], options, out=tmp_path / "run")
+    assert (found.run / "report.html").is_file()
+    assert found.network()(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+    assert found.supernet is not space
+
+
+def test_a_diverging_loss_ends_with_one_line_and_the_run_kept(tmp_path, capsys):
+    command = ["search", *SMALL, "--out", str(tmp_path / "run"), "--learning_rate", "1e30", "--json"]
+    assert cli.main(command) == cli.WRONG
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "finite" in line
+    assert (tmp_path / "run" / "options.json").is_file()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_network(runs, unfinished, monkeypatch, capsys):
+    """The stopped run had one step to go; it ends where the run that was never stopped did."""
+    steps, step = [], training.Learner.step
+    monkeypatch.setattr(training.Learner, "step", lambda *a, **k: (steps.append(None), step(*a, **k)))
+    torch.set_num_threads(1)
+    assert cli.main(["search", *SMALL, "--out", str(unfinished), "--resume", "--json"]) == 0
+    result, expected = (json.loads((run / "result.json").read_text()) for run in (unfinished, runs.finished))
+    assert len(steps) == 1
+    assert json.loads(capsys.readouterr().out) == result
+    assert result["budgets"] == expected["budgets"]
+    assert result["test"] == pytest.approx(expected["test"], abs=0.02)  # bit for bit: test_runs.py
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Learner, "step", interrupt)
+    assert cli.main(["search", *SMALL, "--out", str(tmp_path / "run"), "--json"]) == 130
+    assert capsys.readouterr().err == (
+        "budgetnet: interrupted; the same command with --resume and --out RUN goes on from there\n"
+    )
+
+
+def test_the_exit_status_reaches_the_shell(tmp_path, monkeypatch, capsys):
+    command = ["budgetnet", "search", *SMALL, "--budget", "macs<=1", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("budgetnet", run_name="__main__")
+    assert caught.value.code == cli.UNREACHABLE == 3
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

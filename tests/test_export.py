@@ -1,0 +1,113 @@
+"""Exported files agree with the network at every batch size, and run where this package is not."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import python
+from torch import nn
+
+from budgetnet import spaces
+from budgetnet.export import FORMATS, difference, export, latency, load
+from budgetnet.extraction import extract, fold_batch_norm
+
+ALONE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.modules["budgetnet"] = None  # an import of it fails
+import numpy as np, onnxruntime, torch
+x, y = np.load("x.npy"), np.load("y.npy")
+session = onnxruntime.InferenceSession("network.onnx", providers=["CPUExecutionProvider"])
+print(np.abs(session.run(None, {session.get_inputs()[0].name: x})[0] - y).max())
+module = torch.export.load("network.pt2").module()
+print(np.abs(module(torch.from_numpy(x)).detach().numpy() - y).max())
+print(any(name.partition(".")[0] == "budgetnet" for name in sys.modules if sys.modules[name]))
+"""
+BUILD = {
+    "classes": lambda: spaces.resnet_fabric(width=2, channels=4, classes=10, image_size=8),
+    "masks": lambda: spaces.conv_fabric(
+        width=3, depth=2, channels=4, classes=3, image_size=(4, 6), task="segmentation"
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=BUILD)
+def exported(request, tmp_path_factory):
+    """A sub-network with batch norms that have seen something, and its files."""
+    torch.manual_seed(0)
+    space = BUILD[request.param]()
+    kept = space.architecture("full")
+    kept[0, ::3] = 0
+    plain = extract(space, kept)
+    plain.train()(torch.randn(32, *space.input_shape) * 3 + 1)
+    folder = tmp_path_factory.mktemp(request.param)
+    folded = fold_batch_norm(plain.eval())
+    files = {kind: export(folded, folder / f"network.{kind}", torch.randn(1, *space.input_shape)) for kind in FORMATS}
+    return plain, files, space.input_shape
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_gives_the_networks_outputs(exported, kind, batch):
+    plain, files, shape = exported
+    x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
+    assert plain(x).abs().max() > 0.01
+    assert difference(plain, load(files[kind]), x) < 1e-4
+
+
+@pytest.mark.parametrize("exported", ["classes"], indirect=True)
+def test_the_files_run_without_this_package(exported):
+    plain, files, shape = exported
+    folder = files["onnx"].parent
+    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(5))
+    np.save(folder / "x.npy", x.numpy())
+    np.save(folder / "y.npy", plain(x).detach().numpy())
+    process = python("-I", "-c", ALONE, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    onnx, pt2, imported = process.stdout.split()
+    assert float(onnx) < 1e-4
+    assert float(pt2) < 1e-4
+    assert imported == "False"
+
+
+def test_the_files_name_no_path_of_this_machine(exported):
+    for file in exported[1].values():
+        assert not re.search(rb"/[\w.-]+/[\w./-]+\.py", file.read_bytes())
+
+
+def test_the_network_that_is_exported_is_left_as_it_was(tmp_path):
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    export(network, tmp_path / "network.pt2", torch.zeros(1, 1, 4, 4))
+    assert all(module.training for module in network.modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_an_export_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "network.pt2"
+    export(nn.Conv2d(1, 2, 3), file, torch.zeros(1, 1, 4, 4))
+    before = file.read_bytes()
+
+    def full(program, to):
+        to.write(b"half of")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        export(nn.Conv2d(1, 3, 3), file, torch.zeros(1, 1, 4, 4))
+    assert file.read_bytes() == before
+
+
+def test_latency_is_a_median_between_its_percentiles():
+    calls = []
+    measured = latency(lambda x: calls.append(x), torch.zeros(1), runs=50, warm_up=3)
+    assert list(measured) == ["median", "p10", "p90"]
+    assert 0 < measured["p10"] <= measured["median"] <= measured["p90"]
+    assert len(calls) == 53
+
+
+def test_difference_is_the_largest_of_any_output():
+    assert difference(lambda x: x, lambda x: x * torch.tensor([1.0, 0.5]), torch.tensor([[1.0, 2.0]])) == 1.0

@@ -1,0 +1,176 @@
+"""The Pareto front by brute force; what is chosen keeps every budget and cannot be enlarged."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import every, graphs, network_on
+
+from budgetnet import Budget, SuperNetwork
+from budgetnet.errors import UnreachableBudget
+from budgetnet.selection import keeps, mend, pareto_front, probable, trimmed
+from budgetnet.sites import log_prob
+from budgetnet.spaces import conv_fabric, resnet_fabric
+
+NETWORK = conv_fabric(width=2, depth=3, channels=3, classes=2, image_size=8)
+BUDGETS = ["macs<=40%", "params<=60%", "steps:2<=12", "macs:paper<=50%", "macs~=70%", "params~=90%"]
+
+
+def learned(seed: int, network: SuperNetwork = NETWORK, scale: float = 2.0) -> SuperNetwork:
+    """The network with gates as a search could have left them."""
+    with torch.no_grad():
+        network.gates.logits.copy_(
+            scale * torch.randn(len(network.columns), generator=torch.Generator().manual_seed(seed))
+        )
+    return network
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)
+
+
+@given(points)
+def test_the_pareto_front_is_what_no_point_beats(points: list[tuple[int, int]]):
+    """With ties: two points of the same cost and quality are both on it."""
+    cost, quality = (torch.tensor([float(point[i]) for point in points]) for i in (0, 1))
+    front = [
+        not any(c <= cost_ and q >= quality_ and (c, q) != (cost_, quality_) for c, q in points)
+        for cost_, quality_ in points
+    ]
+    assert pareto_front(cost, quality).tolist() == front
+
+
+@given(points.filter(bool))
+def test_along_the_pareto_front_quality_costs(points: list[tuple[int, int]]):
+    cost, quality = (torch.tensor([float(point[i]) for point in points]) for i in (0, 1))
+    front = pareto_front(cost, quality)
+    assert front.any()
+    ordered = sorted(set(zip(cost[front].tolist(), quality[front].tolist(), strict=True)))
+    assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(ordered))
+
+
+def test_keeps_asks_for_a_connection_and_for_every_budget():
+    bits = every(len(NETWORK.columns))
+    used = NETWORK.used(bits)
+    budgets = [Budget.parse(text).bind(NETWORK) for text in ("macs<=60%", "steps:2<=12")]
+    expected = used.any(dim=1)
+    for budget in budgets:
+        expected &= budget.model(used) <= budget.limit
+    assert torch.equal(keeps(NETWORK, budgets, bits), expected)
+    assert 0 < expected.sum() < used.any(dim=1).sum()
+
+
+def test_trimming_drops_just_what_is_not_used():
+    bits = every(len(NETWORK.columns))
+    rest = trimmed(NETWORK, bits)
+    assert torch.equal(NETWORK.used(rest), torch.where(NETWORK.used(bits).any(dim=1)[:, None], NETWORK.used(bits), 0))
+    assert torch.equal(rest, NETWORK.used(bits)[:, list(NETWORK.columns)])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("texts", [*([text] for text in BUDGETS), ["macs<=60%", "steps:2<=12"]], ids=" and ".join)
+def test_candidates_keep_all_budgets_and_differ(texts: list[str], seed: int):
+    network = learned(seed)
+    budgets = [Budget.parse(text).bind(network) for text in texts]
+    found = probable(network, budgets, count=8, generator=generator())
+    assert 1 <= len(found) <= 8
+    assert keeps(network, budgets, found).all()
+    assert len({tuple(row) for row in found.tolist()}) == len(found)
+    assert torch.equal(found, trimmed(network, found))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_most_probable_architecture_is_the_first_candidate_where_it_fits(seed: int):
+    network = learned(seed)
+    with torch.no_grad():
+        network.gates.logits[:5].abs_()  # so that it connects
+    mode = (network.gates.logits > 0).float()[None]
+    if not network.used(mode).any():
+        mode = torch.ones_like(mode)
+        network.gates.logits.data.abs_()
+    budgets = [Budget.parse("macs<=100%").bind(network)]
+    assert keeps(network, budgets, mode).all()
+    first = probable(network, budgets, count=1, generator=generator())
+    assert torch.equal(first, trimmed(network, mode))
+
+
+def test_samples_follow_in_the_order_of_their_probability():
+    network = learned(1)
+    budgets = [Budget.parse("macs<=100%").bind(network)]
+    found = probable(network, budgets, count=40, generator=generator())
+    logits = network.gates.logits.detach()
+    drawn = found[len(mend(network, budgets, (logits > 0).float()[None], logits)) :]
+    score = log_prob(logits, drawn, network.relevant(drawn))
+    assert len(drawn) > 10
+    assert (score.diff() <= 1e-5).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(graphs(nodes=5, extra=4), st.integers(0, 2**16), st.integers(0, 100), st.sampled_from(["macs", "params"]))
+def test_a_mended_architecture_has_no_room_for_another_edge(graph, seed: int, percent: int, cost: str):
+    """Between its own layers no gate can be added. The limit lies between the smallest network and the full one."""
+    network = learned(seed, network_on(graph, seed=seed))
+    budget = Budget.parse(f"{cost}<=100%").bind(network)
+    least = float(budget.model(network.used(budget.cheapest(network)))[0])
+    limit = least + (budget.full - least) * percent / 100
+    budgets = [Budget.parse(f"{cost}<={max(limit, 1e-9)!r}").bind(network)]
+    logits = network.gates.logits.detach()
+    cut, filled = mend(network, budgets, (logits > 0).float()[None], logits)
+    for found in (cut, filled):
+        assert keeps(network, budgets, found).all()
+        assert torch.equal(found, trimmed(network, found))
+    assert (filled >= cut).all()
+    for gate in (filled[0] == 0).nonzero().flatten().tolist():
+        more = filled.clone()
+        more[0, gate] = 1
+        grown = network.used(more)[0, network.columns[gate]] > 0
+        assert not (grown and keeps(network, budgets, more)[0])
+
+
+@pytest.mark.parametrize("text", ["macs<=30%", "params<=40%", "steps:2<=8", "params~=70%", "macs~=90%", "params~=100%"])
+@pytest.mark.parametrize("mode", ["nothing", "a path", "everything"])
+def test_a_budget_is_kept_wherever_the_gates_stand(mode: str, text: str):
+    """Also where no sample ever keeps it: an upper limit by cutting, a target by cutting from the full network."""
+    network = learned(0, scale=0.1)
+    network.gates.logits.data.add_(20.0 if mode == "everything" else -20.0)
+    if mode == "a path":
+        for column, edge in enumerate(network.columns):
+            if network.edge_names[edge] in ("l0.s0>l1.s1", "l1.s1>l1.s2"):
+                network.gates.logits.data[column] = 20.0
+    budgets = [Budget.parse(text).bind(network)]
+    assert keeps(network, budgets, probable(network, budgets, count=4, generator=generator())).all()
+
+
+def test_budgets_that_cannot_be_kept_together_are_told():
+    """Each can be kept alone: few parameters, but a cost that only many modules reach."""
+    network = learned(0)
+    few, many = (Budget.parse(text).bind(network) for text in ("params<=50%", "macs~=95%"))
+    bits = every(len(network.columns))
+    assert keeps(network, [few], bits).any()
+    assert keeps(network, [many], bits).any()
+    assert not keeps(network, [few, many], bits).any()
+    message = (
+        r"no architecture of conv_fabric was found that keeps all budgets; the tightest is params at \d+.* parameter"
+    )
+    with pytest.raises(UnreachableBudget, match=message):
+        probable(network, [few, many], count=4, generator=generator())
+
+
+def test_candidates_are_a_function_of_the_generator():
+    network = learned(3, resnet_fabric(width=1, channels=2, image_size=8), scale=1)
+    budgets = [Budget.parse("macs<=70%").bind(network)]
+    first, second = (probable(network, budgets, count=16, generator=generator()) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_without_a_budget_every_connected_architecture_may_be_chosen():
+    network = learned(0)
+    found = probable(network, [], count=5, generator=generator())
+    assert network.used(found).any(dim=1).all()
