@@ -225,7 +225,24 @@ def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> li
                 "full": budget.full,
             }
         )
+    if fitting_path(network, budgets) is None:
+        together = ", ".join(f"{budget.name}<={budget.limit:.6g}" for budget in budgets if budget.upper)
+        raise UnreachableBudget(
+            f"each limit can be kept alone, but no network of {network.name} keeps them together: {together}"
+        )
     return rows
+
+
+def fitting_path(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> Tensor | None:
+    """A single path that keeps all "at most" limits, `(1, G)`, None where there is none.
+
+    Costs never fall when a module is added, so where no path fits, nothing does. Costs that cannot
+    say what an edge costs on a path of its own are left out.
+    """
+    known = [(getattr(b.model, "along_path", None), b.limit) for b in budgets if b.upper]
+    weights = [(costs, limit) for costs, limit in known if costs is not None]
+    path = network.graph.fitting_path([costs for costs, _ in weights], [limit for _, limit in weights])
+    return None if path is None else torch.tensor([[float(edge in path) for edge in network.columns]])
 
 
 def _binding(network: SuperNetwork, budget: BoundBudget, path: Tensor) -> str:

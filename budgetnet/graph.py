@@ -80,6 +80,34 @@ class Graph:
         successors = [[self.edges[index][1] for index in leaving] for leaving in self.outgoing]
         return topological_order(len(self.nodes), successors, names=self.nodes)
 
+    def fitting_path(self, weights: Sequence[Sequence[float]], limits: Sequence[float]) -> tuple[int, ...] | None:
+        """Indices of the edges on a path from source to sink that keeps several limits at once.
+
+        Every partial path that no other beats in all weights is followed on, so None means that there
+        is no such path: the search is exact.
+
+        Args:
+            weights: for each of k costs what each edge adds to it, (k, E), >= 0.
+            limits: k largest sums.
+        """
+        partial: dict[int, list[tuple[tuple[float, ...], tuple[int, ...]]]] = {
+            self.source: [((0.0,) * len(limits), ())]
+        }
+        for node in self.order[1:]:
+            found: list[tuple[tuple[float, ...], tuple[int, ...]]] = []
+            for index in self.incoming[node]:
+                for sums, path in partial.get(self.edges[index][0], ()):
+                    total = tuple(a + costs[index] for a, costs in zip(sums, weights, strict=True))
+                    if all(a <= limit for a, limit in zip(total, limits, strict=True)):
+                        found.append((total, (*path, index)))
+            kept: list[tuple[tuple[float, ...], tuple[int, ...]]] = []
+            for total, path in sorted(found):  # in this order nothing later beats what is kept already
+                if not any(all(a <= b for a, b in zip(other, total, strict=True)) for other, _ in kept):
+                    kept.append((total, path))
+            partial[node] = kept
+        ends = partial[self.sink]
+        return min(ends)[1] if ends else None
+
     def _edges_by(self, end: int) -> tuple[tuple[int, ...], ...]:
         lists: list[list[int]] = [[] for _ in self.nodes]
         for index, edge in enumerate(self.edges):

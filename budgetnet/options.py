@@ -83,7 +83,15 @@ class SearchOptions:
         for name in ("epochs", "batch_size", "candidates", "recalibration", "validate_every"):
             _check(name, getattr(self, name), whole=True, least=1)
         _check("seed", self.seed, whole=True, least=0, below=2**24)  # the step has 40 bits beside it
-        for name in ("learning_rate", "weight_decay", "gate_rate", "gate_limit", "proportional", "integral", "exploration"):
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "gate_rate",
+            "gate_limit",
+            "proportional",
+            "integral",
+            "exploration",
+        ):
             _check(name, getattr(self, name), least=0)
         for name in ("warmup", "finetune", "anneal", "momentum"):
             _check(name, getattr(self, name), least=0, below=1 if name != "anneal" else None)

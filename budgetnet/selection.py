@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from budgetnet.budgets import BoundBudget
+from budgetnet.budgets import BoundBudget, fitting_path
 from budgetnet.errors import UnreachableBudget
 from budgetnet.sites import log_prob
 from budgetnet.supernet import SuperNetwork
@@ -83,14 +83,15 @@ def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, lo
     """Nearest architectures to `(1, G)` `kept` that keep the budgets: cut down to them, and filled up again.
 
     The least probable used gates go first, then the most probable ones come back while all still fits.
-    Where cutting cannot reach the budgets it starts from the most probable path and each budget's cheapest one.
+    Where cutting cannot reach the budgets it starts from the most probable path, or from one that fits.
     """
     weights = [0.0] * len(network.graph.edges)
     for column, edge in enumerate(network.columns):
         weights[edge] = float(torch.nn.functional.softplus(-logits[column]))  # - log p
     path = network.graph.cheapest_path(weights)
     likely = torch.tensor([[float(edge in path) for edge in network.columns]])
-    starts = [kept, torch.maximum(kept, likely), likely, *(budget.cheapest(network) for budget in budgets)]
+    fitting = fitting_path(network, budgets)
+    starts = [kept, torch.maximum(kept, likely), likely, *([] if fitting is None else [fitting])]
     starts.append(torch.ones_like(kept))  # for a target that lies above all of these
     for start in starts:
         cut = _cut(network, budgets, trimmed(network, start), logits)

@@ -173,6 +173,14 @@ def test_any_callable_is_a_cost():
         check_reachable(NETWORK, [Budget(Modules(), at_most=3).bind(NETWORK)])
 
 
+def test_a_cost_that_cannot_price_an_edge_has_the_path_of_the_fewest_modules_for_its_cheapest():
+    pairs = ["xa", "ab", "by", "xc", "cy", "xd", "de", "ey"]
+    edges = [Edge(start=start, end=end, module=nn.Identity()) for start, end in pairs]
+    network = SuperNetwork(edges, input_shape=(1,))
+    kept = Budget(Modules(), at_most=2).bind(network).cheapest(network)
+    assert [pair for pair, bit in zip(pairs, kept[0], strict=True) if bit] == ["xc", "cy"]
+
+
 def test_a_budget_of_a_network_of_one_s_own():
     edges = [Edge(start="x", end="y", module=nn.Conv2d(1, 1, 1), name=name) for name in "ab"]
     network = SuperNetwork(edges, input_shape=(1, 2, 2))

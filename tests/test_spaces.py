@@ -120,6 +120,14 @@ def test_blocks_of_a_resnet_fabric_hear_the_group_before_mirrored():
     assert hears["g2.2"] == ["g0.2", "g1.0", "g2.1"]
 
 
+def test_modules_into_a_layer_are_listed_as_in_the_reference():
+    """The extra blocks each before its shortcut, then the main shortcut before its block: step counts rest on it."""
+    network = resnet_fabric(width=3, channels=1)
+    names = [name for name in network.edge_names if name.startswith("g1.1.")]
+    extra = [f"g1.1.{shift}.{part}" for shift in "slr" for part in ("block", "skip")]
+    assert names == [*extra, "g1.1.skip", "g1.1.block"]
+
+
 def test_a_layer_two_groups_back_is_met_with_stride_4():
     network = resnet_fabric(width=3, channels=2, image_size=8)
     module = dict(zip(network.edge_names, network.modules_on_edges, strict=True))
