@@ -19,7 +19,7 @@ setup: .venv/installed
 	@touch $@
 
 demo: setup
-	$(BIN)/budgetnet search --data digits --space resnet_fabric --budget 'macs<=25%' --epochs 60
+	$(BIN)/budgetnet search --data digits --space resnet_fabric --budget 'macs<=25%' --epochs 40
 
 test: setup
 	$(BIN)/python -m pytest
