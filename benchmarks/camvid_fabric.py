@@ -47,9 +47,15 @@ def main() -> None:
         macs = statistics.mean(result["network"]["macs"] for result in results) / 1e6
         seconds = statistics.mean(result["seconds"] for result in results)
         spread = f"{statistics.mean(iou):.1f} ({min(iou):.1f} to {max(iou):.1f})"
-        print(
-            f"| {kind} | {spread} | {statistics.mean(right):.1f} | {macs:.0f} M | {results[0]['images_seen']} | {seconds:.0f} |"
-        )
+        row = [
+            kind,
+            spread,
+            f"{statistics.mean(right):.1f}",
+            f"{macs:.0f} M",
+            results[0]["images_seen"],
+            f"{seconds:.0f}",
+        ]
+        print("| " + " | ".join(map(str, row)) + " |")
 
 
 def train(kind: str, seed: int, data: bn.data.Dataset, arguments: argparse.Namespace, run: Path) -> None:

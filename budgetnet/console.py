@@ -64,7 +64,7 @@ class Bars:
             parts.append(f"{budget['cost']} {100 * cost / budget['limit']:.0f} % of the limit")
         if line["entropy"] is not None:
             parts.append(f"entropy {line['entropy']:.2f}")
-        self.console.print("  ".join(parts), highlight=False)
+        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Takes the bar away."""

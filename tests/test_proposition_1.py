@@ -4,10 +4,8 @@ from itertools import product
 
 import pytest
 import torch
-from torch import nn
 
 import budgetnet as bn
-from budgetnet.blocks import conv_bn, pooled_classifier
 from budgetnet.objectives import example_losses
 from budgetnet.options import SearchOptions
 from budgetnet.session import seeded
