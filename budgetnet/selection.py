@@ -49,6 +49,10 @@ def probable(
 ) -> Tensor:
     """Candidates that keep every budget: the mode, mended where it does not, and the most probable samples.
 
+    Each is filled up with the most probable gates that still fit: those that the mode keeps and, where
+    the mode itself had to be cut, all others too. What a budget allows is used, and candidates of
+    unlike size are not compared by weights that have hardly been trained.
+
     Args:
         network: its gates say what is probable.
         budgets: all must be kept.
@@ -65,25 +69,30 @@ def probable(
     logits = network.gates.logits.detach().cpu()
     mode = (logits > 0).float()[None]
     mended = mend(network, budgets, mode, logits)
+    binding = not bool(keeps(network, budgets, mode)[0])
+    wanted = torch.ones_like(mode[0], dtype=torch.bool) if binding else mode[0].bool()
     drawn = torch.bernoulli(logits.sigmoid().expand(samples, -1), generator=generator)
     drawn = trimmed(network, drawn[keeps(network, budgets, drawn)])
     score = log_prob(logits, drawn, network.relevant(drawn))
-    pool = torch.cat([*mended, drawn[score.argsort(descending=True, stable=True)]])
-    unique = list({tuple(row): None for row in pool.tolist()})[:count]  # in order
+    pool = torch.cat([mended, drawn[score.argsort(descending=True, stable=True)]])
+    unique: dict[tuple[float, ...], None] = {}  # in order
+    for row in dict.fromkeys(map(tuple, pool.tolist())):
+        if len(unique) < count:
+            unique[tuple(filled(network, budgets, torch.tensor([row]), logits, wanted)[0].tolist())] = None
     if not unique:
         tightest = min(budgets, key=lambda budget: budget.limit / budget.full)
         raise UnreachableBudget(
             f"no architecture of {network.name} was found that keeps all budgets; the tightest is "
             f"{tightest.name} at {tightest.limit:.6g} {tightest.unit}"
         )
-    return torch.tensor(unique)
+    return torch.tensor(list(unique))
 
 
-def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> list[Tensor]:
-    """Nearest architectures to `(1, G)` `kept` that keep the budgets: cut down to them, and filled up again.
+def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> Tensor:
+    """An architecture near `(1, G)` `kept` that keeps the budgets, `(n, G)` with n = 0 where none was found.
 
-    The least probable used gates go first, then the most probable ones come back while all still fits.
-    Where cutting cannot reach the budgets it starts from the most probable path, or from one that fits.
+    The least probable used gates go first. Where cutting cannot reach the budgets it starts from the
+    most probable path, from one that fits, or from the full network.
     """
     weights = [0.0] * len(network.graph.edges)
     for column, edge in enumerate(network.columns):
@@ -96,8 +105,8 @@ def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, lo
     for start in starts:
         cut = _cut(network, budgets, trimmed(network, start), logits)
         if cut is not None:
-            return [cut, _filled(network, budgets, cut, logits)]
-    return []
+            return cut
+    return kept[:0]
 
 
 def trimmed(network: SuperNetwork, kept: Tensor) -> Tensor:
@@ -129,10 +138,17 @@ def _short(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor) 
     return short
 
 
-def _filled(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> Tensor:
-    for gate in logits.argsort(descending=True, stable=True).tolist():
-        more = kept.clone()
-        more[0, gate] = 1
-        if bool(keeps(network, budgets, more)[0]):
-            kept = more
-    return trimmed(network, kept)
+def filled(
+    network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor, wanted: Tensor
+) -> Tensor:
+    """`(1, G)` `kept` and the most probable of the `(G,)` wanted gates that it can use within all budgets."""
+    while True:
+        absent = ((kept[0] == 0) & wanted).nonzero().flatten()
+        absent = absent[logits[absent].argsort(descending=True, stable=True)]
+        more = kept.repeat(len(absent), 1)
+        more[torch.arange(len(absent)), absent] = 1
+        useful = trimmed(network, more).gather(1, absent[:, None])[:, 0].bool()
+        fits = (useful & keeps(network, budgets, more)).nonzero()
+        if not len(fits):
+            return kept
+        kept = more[int(fits[0])][None]

@@ -12,8 +12,7 @@ from small import every, graphs, network_on
 
 from budgetnet import Budget, SuperNetwork
 from budgetnet.errors import UnreachableBudget
-from budgetnet.selection import keeps, mend, pareto_front, probable, trimmed
-from budgetnet.sites import log_prob
+from budgetnet.selection import filled, keeps, mend, pareto_front, probable, trimmed
 from budgetnet.spaces import conv_fabric, resnet_fabric
 
 NETWORK = conv_fabric(width=2, depth=3, channels=3, classes=2, image_size=8)
@@ -101,20 +100,25 @@ def test_the_most_probable_architecture_is_the_first_candidate_where_it_fits(see
     assert torch.equal(first, trimmed(network, mode))
 
 
-def test_samples_follow_in_the_order_of_their_probability():
-    network = learned(1)
-    budgets = [Budget.parse("macs<=100%").bind(network)]
-    found = probable(network, budgets, count=40, generator=generator())
-    logits = network.gates.logits.detach()
-    drawn = found[len(mend(network, budgets, (logits > 0).float()[None], logits)) :]
-    score = log_prob(logits, drawn, network.relevant(drawn))
-    assert len(drawn) > 10
-    assert (score.diff() <= 1e-5).all()
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("text", ["macs<=60%", "macs<=100%", "steps:2<=12"])
+def test_a_candidate_lacks_no_wanted_gate_that_fits(text: str, seed: int):
+    """Wanted are the gates of the mode, or all of them where the mode does not fit."""
+    network = learned(seed)
+    budgets = [Budget.parse(text).bind(network)]
+    mode = (network.gates.logits > 0).float()[None]
+    wanted = mode[0].bool() if keeps(network, budgets, mode)[0] else torch.ones(len(network.columns), dtype=torch.bool)
+    for row in probable(network, budgets, count=8, generator=generator()):
+        for gate in ((row == 0) & wanted).nonzero().flatten().tolist():
+            more = row[None].clone()
+            more[0, gate] = 1
+            useful = network.used(more)[0, network.columns[gate]] > 0
+            assert not (useful and keeps(network, budgets, more)[0])
 
 
 @settings(max_examples=20, deadline=None)
 @given(graphs(nodes=5, extra=4), st.integers(0, 2**16), st.integers(0, 100), st.sampled_from(["macs", "params"]))
-def test_a_mended_architecture_has_no_room_for_another_edge(graph, seed: int, percent: int, cost: str):
+def test_filling_a_cut_architecture_leaves_no_room_for_another_edge(graph, seed: int, percent: int, cost: str):
     """Between its own layers no gate can be added. The limit lies between the smallest network and the full one."""
     network = learned(seed, network_on(graph, seed=seed))
     budget = Budget.parse(f"{cost}<=100%").bind(network)
@@ -122,13 +126,14 @@ def test_a_mended_architecture_has_no_room_for_another_edge(graph, seed: int, pe
     limit = least + (budget.full - least) * percent / 100
     budgets = [Budget.parse(f"{cost}<={max(limit, 1e-9)!r}").bind(network)]
     logits = network.gates.logits.detach()
-    cut, filled = mend(network, budgets, (logits > 0).float()[None], logits)
-    for found in (cut, filled):
+    cut = mend(network, budgets, (logits > 0).float()[None], logits)
+    full = filled(network, budgets, cut, logits, torch.ones_like(logits, dtype=torch.bool))
+    for found in (cut, full):
         assert keeps(network, budgets, found).all()
         assert torch.equal(found, trimmed(network, found))
-    assert (filled >= cut).all()
-    for gate in (filled[0] == 0).nonzero().flatten().tolist():
-        more = filled.clone()
+    assert (full >= cut).all()
+    for gate in (full[0] == 0).nonzero().flatten().tolist():
+        more = full.clone()
         more[0, gate] = 1
         grown = network.used(more)[0, network.columns[gate]] > 0
         assert not (grown and keeps(network, budgets, more)[0])
