@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from budgetnet.errors import ConfigError
 
 BASELINES = ("leave-one-out", "batch-mean")
+"""Those that compare the samples of a batch with each other."""
 
 
 def hinge(excess: Tensor) -> Tensor:
@@ -23,7 +24,9 @@ def squared(excess: Tensor) -> Tensor:
     return excess**2
 
 
-def score_function_loss(loss: Tensor, penalty: Tensor, log_prob: Tensor, *, baseline: str = "leave-one-out") -> Tensor:
+def score_function_loss(
+    loss: Tensor, penalty: Tensor, log_prob: Tensor, *, baseline: str | float = "leave-one-out"
+) -> Tensor:
     """Scalar whose gradient estimates that of `E[loss + penalty]`.
 
     The gradient with respect to the weights is that of the mean loss; with respect to the gates it
@@ -35,22 +38,26 @@ def score_function_loss(loss: Tensor, penalty: Tensor, log_prob: Tensor, *, base
         penalty: `(B,)` cost penalty of the same samples; needs no gradient.
         log_prob: `(B,)` log-probability of the same samples' decisions.
         baseline: "leave-one-out", the mean of the other samples: unbiased, B >= 2; or "batch-mean", the
-            mean of all, as printed: shrinks the gradient by (B - 1) / B.
+            mean of all, as printed: shrinks the gradient by (B - 1) / B, B >= 2; or a number that does
+            not depend on these samples, such as the average over earlier batches: unbiased.
 
     Raises:
-        ConfigError: the baseline is unknown, or leave-one-out has a single sample.
+        ConfigError: the baseline is unknown, or has a single sample to compare with itself.
 
     Source: BSN, Eq. 7; the leave-one-out baseline is that of Kool et al., "Buy 4 REINFORCE samples".
     """
-    if baseline not in BASELINES:
-        raise ConfigError(f"baseline must be {' or '.join(BASELINES)}, got {baseline!r}")
-    if baseline == "leave-one-out" and len(loss) < 2:
-        raise ConfigError("a leave-one-out baseline needs at least 2 architectures a batch, got 1")
     total = (loss + penalty).detach()
-    advantage = total - total.mean()
-    if baseline == "leave-one-out":
-        # D_b - mean of the others = (D_b - mean of all) B / (B - 1)
-        advantage = advantage * len(total) / (len(total) - 1)
+    if isinstance(baseline, str):
+        if baseline not in BASELINES:
+            raise ConfigError(f"baseline must be {' or '.join(BASELINES)} or a number, got {baseline!r}")
+        if len(total) < 2:
+            raise ConfigError(f"a {baseline} baseline needs at least 2 architectures a batch, got 1")
+        advantage = total - total.mean()
+        if baseline == "leave-one-out":
+            # D_b - mean of the others = (D_b - mean of all) B / (B - 1)
+            advantage = advantage * len(total) / (len(total) - 1)
+    else:
+        advantage = total - baseline
     return (loss + advantage * log_prob).mean()
 
 

@@ -34,8 +34,9 @@ class SearchOptions:
         gate_start: logit of every gate when sampling starts; 3 keeps an edge with probability 0.953.
         gate_limit: logits are kept in [-gate_limit, gate_limit] so that no gate is out of reach; 0 for no bound.
         architectures: architectures sampled for a batch, each serving a contiguous group of its
-            examples; "example" for one each, 1 for the batch (not with leave-one-out).
-        baseline: "leave-one-out" or "batch-mean" (the papers').
+            examples; "example" for one each, 1 for the batch (with the moving average).
+        baseline: what a sample's loss is compared with: "leave-one-out", the batch's other samples;
+            "batch-mean", all of them (the papers'); "moving-average", earlier batches.
         price: "dual" finds it by dual ascent; a number is the papers' lambda, in loss per unit of C / limit.
         proportional, integral: gains of the dual ascent.
         exploration: loss that a nat of entropy is worth when sampling starts; falls to 0 as the limit is reached.
@@ -66,7 +67,7 @@ class SearchOptions:
     gate_start: float = 3.0
     gate_limit: float = 5.0
     architectures: int | Literal["example"] = 16
-    baseline: Literal["leave-one-out", "batch-mean"] = "leave-one-out"
+    baseline: Literal["leave-one-out", "batch-mean", "moving-average"] = "leave-one-out"
     price: float | Literal["dual"] = "dual"
     proportional: float = 10.0
     integral: float = 0.02
@@ -101,7 +102,7 @@ class SearchOptions:
         for name, choices in (
             ("schedule", ("one-cycle", "steps", "constant")),
             ("gate_optimizer", ("adam", "sgd")),
-            ("baseline", ("leave-one-out", "batch-mean")),
+            ("baseline", ("leave-one-out", "batch-mean", "moving-average")),
             ("precision", ("auto", "float32", "bfloat16")),
         ):
             if getattr(self, name) not in choices:
@@ -114,8 +115,8 @@ class SearchOptions:
                 raise ConfigError(
                     f"architectures must be at most batch_size {self.batch_size}, got {self.architectures}"
                 )
-        if self.baseline == "leave-one-out" and self.sampled(self.batch_size) < 2:
-            raise ConfigError("a leave-one-out baseline needs architectures >= 2, got 1")
+        if self.baseline != "moving-average" and self.sampled(self.batch_size) < 2:
+            raise ConfigError(f"a {self.baseline} baseline needs architectures >= 2, got 1")
         if self.warmup_epochs + self.finetune_epochs > self.epochs - 1:
             raise ConfigError(
                 f"warmup and finetune must leave at least one of {self.epochs} epochs to search, "

@@ -69,6 +69,7 @@ class Learner:
         fixed = None if options.price == "dual" else options.price
         self.prices = [Price(options.proportional, options.integral, fixed) for _ in budgets]
         self.starts: list[float] = []  # expected costs when sampling began
+        self.average: float | None = None  # of loss and penalty, over earlier batches of the search
         self.chosen: Tensor | None = None  # (1, G): the architecture that is fine-tuned
 
     def policy(self, phase: str, examples: int, generator: torch.Generator) -> Policy:
@@ -125,12 +126,9 @@ class Learner:
                 distance = float(cost.mean()) / limit - 1
                 price.update(distance if budget.upper else abs(distance))
             logits, relevant = self.network.gates.logits, self.network.relevant(kept)
-            objective = score_function_loss(
-                per_architecture(losses, len(kept)),
-                penalty.to(losses),
-                log_prob(logits, kept, relevant),
-                baseline=self.options.baseline,
-            )
+            loss, penalty = per_architecture(losses, len(kept)), penalty.to(losses)
+            baseline = self._baseline(float((loss.detach() + penalty).mean()))
+            objective = score_function_loss(loss, penalty, log_prob(logits, kept, relevant), baseline=baseline)
             # while the limit still falls, undecided gates are worth something; at the end they are not
             undecided = (relevant @ entropy(logits)).mean()
             objective = objective - self.options.exploration * (1 - progress) * undecided
@@ -148,6 +146,14 @@ class Learner:
         if y.ndim > 1 and self.ignore is not None:
             right = right[y != self.ignore]
         sums.right += float(right.float().mean()) * len(x)
+
+    def _baseline(self, total: float) -> str | float:
+        """What this batch's samples are compared with; `total` is their mean loss and penalty."""
+        if self.options.baseline != "moving-average":
+            return self.options.baseline
+        before = total if self.average is None else self.average
+        self.average = 0.9 * before + 0.1 * total
+        return before
 
     def _update(self, objective: Tensor, rate: float, *, gates: bool) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -174,7 +180,7 @@ class Learner:
         if self.chosen is not None:
             tensors["chosen"] = self.chosen
         prices = [{"value": price.value, "accumulated": price.accumulated} for price in self.prices]
-        return tensors, {"prices": prices, "starts": self.starts}
+        return tensors, {"prices": prices, "starts": self.starts, "average": self.average}
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Takes up what `state` gave.
@@ -193,6 +199,7 @@ class Learner:
         load_optimizer(self.gate_optimizer, "optimizer.gates", gates)
         record = Record(dict(state), "the checkpoint")
         self.starts = list(record.numbers("starts"))
+        self.average = None if state.get("average") is None else record.number("average")
         values = [(price.number("value"), price.number("accumulated")) for price in record.records("prices")]
         if len(values) != len(self.budgets) or len(self.starts) not in (0, len(self.budgets)):
             raise FileError(f"the checkpoint must have {len(self.budgets)} prices, got {len(values)}")

@@ -55,7 +55,7 @@ class Enumerated:
 
         return grad(expected)(self.logits)
 
-    def estimates(self, counted: Tensor, baseline: str = "leave-one-out") -> tuple[Tensor, Tensor]:
+    def estimates(self, counted: Tensor, baseline: str | float = "leave-one-out") -> tuple[Tensor, Tensor]:
         """What each pair of architectures estimates, `(P, E)`, and its probability `(P,)`."""
         scores = jacobian(lambda logits: log_prob(logits, self.kept, counted), self.logits)  # (2**E, E)
 
@@ -91,6 +91,13 @@ def test_the_batch_mean_shrinks_the_gradient_by_one_part_in_b(case: Enumerated):
     """A sample's own loss is half of a batch of two, so the estimate is half of what it should be."""
     estimates, probability = case.estimates(case.relevant, "batch-mean")
     torch.testing.assert_close(2 * probability @ estimates, case.exact())
+
+
+@pytest.mark.parametrize("baseline", [0.0, -1.3])
+@pytest.mark.parametrize("case", ENUMERATED)
+def test_a_baseline_that_does_not_look_at_the_samples_is_unbiased(case: Enumerated, baseline: float):
+    estimates, probability = case.estimates(case.relevant, baseline)
+    torch.testing.assert_close(probability @ estimates, case.exact())
 
 
 @pytest.mark.parametrize("case", ENUMERATED)
@@ -138,7 +145,7 @@ def test_a_penalty_gets_no_gradient():
 
 
 def test_baselines_that_cannot_be():
-    with pytest.raises(ConfigError, match="leave-one-out or batch-mean, got 'none'"):
+    with pytest.raises(ConfigError, match="leave-one-out or batch-mean or a number, got 'none'"):
         score_function_loss(torch.ones(2), torch.ones(2), torch.ones(2), baseline="none")
     with pytest.raises(ConfigError, match="needs at least 2 architectures a batch, got 1"):
         score_function_loss(torch.ones(1), torch.ones(1), torch.ones(1))

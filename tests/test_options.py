@@ -48,7 +48,7 @@ def test_shares_lie_below_1(name: str, value: float):
         ({"milestones": (0.5, 1.0)}, "milestones must be a number >= 0 and < 1, got 1.0"),
         ({"schedule": "cosine"}, "schedule must be one-cycle or steps or constant, got 'cosine'"),
         ({"gate_optimizer": "lion"}, "gate_optimizer must be adam or sgd, got 'lion'"),
-        ({"baseline": "none"}, "baseline must be leave-one-out or batch-mean, got 'none'"),
+        ({"baseline": "none"}, "baseline must be leave-one-out or batch-mean or moving-average, got 'none'"),
         ({"precision": "int8"}, "precision must be auto or float32 or bfloat16, got 'int8'"),
         ({"price": -1.0}, "price must be a number >= 0, got -1"),
         ({"price": "free"}, "price must be a number >= 0, got 'free'"),
@@ -66,7 +66,7 @@ def test_options_outside_their_range(options, message):
 
 def test_options_at_the_edge_of_their_range():
     SearchOptions(epochs=1, warmup=0, finetune=0, momentum=0, anneal=0, seed=0, milestones=())
-    SearchOptions(architectures=1, baseline="batch-mean")
+    SearchOptions(architectures=1, baseline="moving-average")
     SearchOptions(architectures=8, batch_size=8, anneal=2.0)
     SearchOptions(price=0, architectures="example")
 

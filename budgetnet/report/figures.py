@@ -8,9 +8,11 @@ from html import escape
 from itertools import groupby
 
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
 
 from budgetnet.report.run import Candidate, Epoch, Run
+from budgetnet.selection import pareto_front
 
 INK, MUTED, GRID = "#1c2430", "#5b6573", "#e3e7ec"
 BLUE, RED, GREEN, ORANGE, PURPLE = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7"
@@ -174,12 +176,10 @@ def comparison(runs: Sequence[Run], cost: str, unit: str) -> go.Figure:
         for run in runs
         if (value := cost_of(run, cost)) is not None and (quality := quality_of(run)) is not None
     )
-    front: list[tuple[float, float]] = []
-    for value, worse, _ in points:
-        if not front or worse < front[-1][1]:
-            front.append((value, worse))
+    costs, qualities = (torch.tensor([point[i] for point in points], dtype=torch.float64) for i in (0, 1))
+    front = [point for point, best in zip(points, pareto_front(costs, -qualities).tolist(), strict=True) if best]
     figure = go.Figure()
-    figure.add_scatter(x=[value for value, _ in front], y=[-worse for _, worse in front], mode="lines",
+    figure.add_scatter(x=[value for value, *_ in front], y=[-worse for _, worse, _ in front], mode="lines",
                        name="Pareto front", line={"color": MUTED, "dash": "dot", "shape": "hv"},
                        hoverinfo="skip")  # fmt: skip
     figure.add_scatter(
