@@ -21,6 +21,7 @@ from budgetnet.budgets import Budget
 from budgetnet.selection import trimmed
 
 KINDS = ("searched", "resnet-20", "narrowed fabric", "random 1", "random 2", "random 3")
+SEARCH = {"warmup": 0.1, "finetune": 0.7, "gate_rate": 0.2, "recalibration": 20}  # docs/experiments.md
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--options", type=json.loads, default={}, help="options of the search, as JSON")
+    parser.add_argument("--options", type=json.loads, default=SEARCH, help="options of the search, as JSON")
     parser.add_argument("--baseline-options", type=json.loads, default={}, help="options of all else, as JSON")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10_fabric"))
