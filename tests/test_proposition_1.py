@@ -1,5 +1,6 @@
 """Proposition 1 on spaces small enough to score every architecture: the search ends on the optimum of Eq. 2."""
 
+import math
 from itertools import product
 
 import pytest
@@ -96,4 +97,6 @@ def test_nine_of_ten_searches_end_on_the_optimum(cost, limit):
     """As Proposition 1 has it, for an additive cost and for one that is not."""
     results = [searched(cost, limit, seed) for seed in range(10)]
     assert sum(optimal for optimal, _, _ in results) >= 9, results
-    assert max(undecided for _, undecided, _ in results) < 0.2, results
+    entropies = [undecided for _, undecided, _ in results]
+    assert sum(entropies) / len(entropies) < 0.1, results  # nats
+    assert max(entropies) < math.log(2), results  # in no run is a whole gate undecided
