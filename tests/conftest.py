@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 SMALL = [
     *("--data", "digits", "--train_images", "256", "--space.width", "1", "--space.channels", "4"),
@@ -23,6 +24,12 @@ class Runs(NamedTuple):
 
     finished: Path
     unfinished: Path  # stopped in its last epoch, between the two batches
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The same sums here and in the processes that tests start: results depend on the number of threads."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
