@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/budgetnet search --data digits --space resnet_fabric --budget 'macs<=25%' --epochs 40
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -89,7 +89,7 @@ def random_like(fabric: bn.SuperNetwork, limit: float, seed: int) -> torch.Tenso
     generator = torch.Generator().manual_seed(seed)
     macs = bn.costs.MACs().bind(fabric)
     while True:
-        kept = torch.bernoulli(torch.full((4096, len(fabric.columns)), 0.5), generator=generator)
+        kept = torch.bernoulli(torch.full((4096, fabric.gate_count), 0.5), generator=generator)
         cost = macs(fabric.used(kept))
         fitting = ((cost <= limit) & (cost > 0.98 * limit)).nonzero().flatten()
         if len(fitting):

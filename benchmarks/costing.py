@@ -30,7 +30,7 @@ def main() -> None:
     )
     for name, network, cost, count in cases:
         model = cost.bind(network)
-        kept = torch.rand(count, len(network.columns), generator=torch.Generator().manual_seed(0)) < 0.8
+        kept = torch.rand(count, network.gate_count, generator=torch.Generator().manual_seed(0)) < 0.8
         whole = rate(partial(together, network, model, kept), count)
         single = rate(partial(one_by_one, network, model, kept[:20]), 20)
         print(f"| {name} | {whole:,.0f} | {single:,.0f} | {whole / single:,.0f} |")

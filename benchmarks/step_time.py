@@ -79,11 +79,11 @@ def draw(network: bn.SuperNetwork, share: float, architectures: int, rounds: int
     low, high = 0.0, 1.0
     for _ in range(20):  # the keep probability that gives this share on average
         middle = (low + high) / 2
-        kept = torch.bernoulli(torch.full((2048, len(network.columns)), middle), generator=generator)
+        kept = torch.bernoulli(torch.full((2048, network.gate_count), middle), generator=generator)
         low, high = (middle, high) if float((macs(network.used(kept)) / full).mean()) < share else (low, middle)
     samples = []
     while len(samples) < rounds:
-        kept = torch.bernoulli(torch.full((architectures, len(network.columns)), low), generator=generator)
+        kept = torch.bernoulli(torch.full((architectures, network.gate_count), low), generator=generator)
         actual = float((macs(network.used(kept)) / full).mean())
         if abs(actual - share) < 0.03:
             samples.append((kept, actual))

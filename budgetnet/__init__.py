@@ -2,13 +2,14 @@
 
 from budgetnet import costs, data, spaces
 from budgetnet.budgets import Budget
+from budgetnet.delivery import Found
 from budgetnet.export import export
 from budgetnet.extraction import extract
 from budgetnet.options import SearchOptions
 from budgetnet.search import search
-from budgetnet.session import Found
 from budgetnet.supernet import Edge, Node, SuperNetwork
 from budgetnet.version import __version__
+from budgetnet.weights import load_torchvision
 
 __all__ = [
     "Budget",
@@ -22,6 +23,7 @@ __all__ = [
     "data",
     "export",
     "extract",
+    "load_torchvision",
     "search",
     "spaces",
 ]

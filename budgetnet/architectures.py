@@ -17,10 +17,10 @@ from budgetnet.supernet import SuperNetwork
 
 def describe(network: SuperNetwork, kept: Tensor, budgets: Sequence[BoundBudget]) -> dict[str, Any]:
     """An architecture as data: what `architecture.json` holds and `read_architecture` reads."""
-    bits, used = network.edges(kept)[0].bool().tolist(), network.used(kept)[0].bool().tolist()
-    column = {edge: place for place, edge in enumerate(network.columns)}
-    probability = network.gates.logits.detach().sigmoid().tolist()
-    priced = [(budget.name, getattr(budget.model, "along_path", None)) for budget in budgets]
+    bits, used = network.decisions(kept)[0].bool().tolist(), network.used(kept)[0].bool().tolist()
+    gates = network.probabilities().tolist()
+    probability = [None if column is None else gates[column] for column in network.gate_of]
+    priced = [(budget.name, weights) for budget in budgets if (weights := _of_edges(budget, network.used(kept)))]
     return {
         "space": {"name": network.name, "options": network.options},
         "nodes": [
@@ -33,15 +33,32 @@ def describe(network: SuperNetwork, kept: Tensor, budgets: Sequence[BoundBudget]
                 "source": start,
                 "target": end,
                 "kind": network.kinds[edge],
-                "fixed": edge not in column,
+                "fixed": network.gate_of[edge] is None,
                 "kept": bits[edge],
                 "used": used[edge],
-                "probability": probability[column[edge]] if edge in column else None,
-                "costs": {name: weights[edge] for name, weights in priced if weights is not None},
+                "probability": probability[edge],
+                "costs": {name: weights[edge] for name, weights in priced},
             }
             for edge, (start, end) in enumerate(network.graph.edges)
         ],
+        "sites": [
+            {
+                "edge": network.edge_names[site.edge],
+                "name": site.name,
+                "channels": list(site.sizes),
+                "kept": bits[slice(*site.units)],
+                "probability": probability[slice(*site.units)],
+            }
+            for site in network.sites
+        ],
     }
+
+
+def _of_edges(budget: BoundBudget, used: Tensor) -> list[float] | None:
+    """What each edge costs, in this architecture or on a path of its own, None where the cost cannot say."""
+    of_edges = getattr(budget.model, "of_edges", None)
+    weights: list[float] | None = of_edges(used) if of_edges else getattr(budget.model, "along_path", None)
+    return weights
 
 
 def named(network: SuperNetwork, name: str) -> Tensor:
@@ -59,8 +76,25 @@ def named(network: SuperNetwork, name: str) -> Tensor:
         kept = {edge["name"]: edge["kept"] for edge in content["edges"]}
     except (KeyError, TypeError) as error:
         raise FileError(f"{path} must list edges, each with name and kept: {error}") from error
+    try:  # what was written before there were sites has none
+        groups = {(site["edge"], site["name"]): list(site["kept"]) for site in content.get("sites", [])}
+    except (KeyError, TypeError) as error:
+        raise FileError(f"{path} must list sites, each with edge, name and kept: {error}") from error
     differing = sorted(set(network.edge_names) ^ set(kept), key=str)
     if differing or not all(isinstance(bit, bool) for bit in kept.values()):
         what = f"{differing[0]!r} is in one and not in the other" if differing else "kept must be true or false"
         raise FileError(f"{path} is no architecture of {network.name}: {what}")
-    return torch.tensor([[float(kept[network.edge_names[edge]]) for edge in network.columns]])
+    units: list[object] = [kept[name] for name in network.edge_names]
+    for site in network.sites:
+        given = groups.pop((network.edge_names[site.edge], site.name), [])
+        if len(given) != site.groups or not all(isinstance(bit, bool) for bit in given):
+            where = f"site {site.name!r} of {network.edge_names[site.edge]!r}"
+            raise FileError(f"{path} is no architecture of {network.name}: {where} must have {site.groups} bits")
+        units += given
+    if groups:
+        raise FileError(f"{path} is no architecture of {network.name}: it has the site {next(iter(groups))!r}")
+    bits = torch.zeros(1, network.gate_count)
+    for column, bit in zip(network.gate_of, units, strict=True):
+        if column is not None:
+            bits[0, column] = float(bool(bit))
+    return bits

@@ -10,12 +10,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from budgetnet.costs import MACs, Params, Steps
+from budgetnet.costs import Activation, Layers, MACs, Params, Steps
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.objectives import hinge, squared
 from budgetnet.supernet import SuperNetwork
 
-COSTS: dict[str, Callable[..., Any]] = {"macs": MACs, "params": Params, "steps": Steps}
+COSTS: dict[str, Callable[..., Any]] = {
+    "macs": MACs,
+    "params": Params,
+    "steps": Steps,
+    "activation": Activation,
+    "layers": Layers,
+}
 SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 TOLERANCE = 0.05
 """A target counts as met within this share of it."""
@@ -29,7 +35,7 @@ class CostModel(Protocol):
         """What the numbers count."""
 
     def __call__(self, used: Tensor) -> Tensor:
-        """Maps `(B, E)` used edges to `(B,)` costs."""
+        """Maps `(B, U)` used units to `(B,)` costs."""
 
 
 class Cost(Protocol):
@@ -112,7 +118,7 @@ class BoundBudget:
 
     Attributes:
         name: of the cost, as it is written in budgets.
-        model: `(B, E)` used edges to `(B,)` costs.
+        model: `(B, U)` used units to `(B,)` costs.
         limit: in the cost's unit.
         full: cost of the full network.
         upper: True for "at most", False for a target.
@@ -144,15 +150,17 @@ class BoundBudget:
         """The architecture of least cost that connects input and output, `(1, G)`.
 
         Costs never fall when a module is added, so it is a single path, and none where the fixed edges
-        connect by themselves. Where the cost can say what an edge costs on a path of its own this is
-        exact, but for a path that brings fixed edges beside it to life.
+        connect by themselves and no exit spares some of them. Where the cost can say what an edge costs
+        on a path of its own this is exact, but for a path that brings fixed edges beside it to life.
         """
-        none = torch.zeros(1, len(network.columns))
-        if bool(network.used(none).any()):
+        none = network.of_edges(())
+        connected = bool(network.connects(network.used(none))[0])
+        if connected and not network.exits:
             return none
         weights = getattr(self.model, "along_path", None) or [1.0] * len(network.graph.edges)
-        path = network.graph.cheapest_path(weights)
-        return torch.tensor([[float(edge in path) for edge in network.columns]])
+        path = network.of_edges(network.graph.cheapest_path(weights))
+        costs = self.model(network.used(torch.cat([path, none])))
+        return none if connected and bool(costs[1] < costs[0]) else path
 
 
 def parse_cost(text: str) -> Cost:
@@ -182,8 +190,12 @@ def parse_cost(text: str) -> Cost:
 def cost_name(cost: Cost) -> str:
     """How a cost is written: `macs`, `steps:2`; its default options are left out."""
     known: tuple[Field[Any], ...] = fields(cost) if is_dataclass(cost) else ()
-    options = [str(getattr(cost, field.name)) for field in known if getattr(cost, field.name) != field.default]
-    return ":".join([cost.key, *options])
+    changed = [field for field in known if getattr(cost, field.name) != field.default]
+    if not changed:
+        return cost.key
+    if changed == [known[0]]:
+        return f"{cost.key}:{getattr(cost, known[0].name)}"
+    return f"{cost.key}[{','.join(f'{field.name}={getattr(cost, field.name)}' for field in changed)}]"
 
 
 def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> list[dict[str, Any]]:
@@ -198,8 +210,7 @@ def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> li
             the message says what binds.
     """
     generator = torch.Generator().manual_seed(0)
-    probability = network.gates.logits.detach().sigmoid().cpu().expand(1024, -1)
-    sampled = network.used(torch.bernoulli(probability, generator=generator))
+    sampled = network.used(network.sampled(1024, generator))
     rows = []
     for budget in budgets:
         path = network.used(budget.cheapest(network))
@@ -242,12 +253,12 @@ def fitting_path(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> Tenso
     known = [(getattr(b.model, "along_path", None), b.limit) for b in budgets if b.upper]
     weights = [(costs, limit) for costs, limit in known if costs is not None]
     path = network.graph.fitting_path([costs for costs, _ in weights], [limit for _, limit in weights])
-    return None if path is None else torch.tensor([[float(edge in path) for edge in network.columns]])
+    return None if path is None else network.of_edges(path)
 
 
 def _binding(network: SuperNetwork, budget: BoundBudget, path: Tensor) -> str:
     weights = getattr(budget.model, "along_path", None)
-    edges = path[0].nonzero().flatten().tolist()
+    edges = path[0, : len(network.graph.edges)].nonzero().flatten().tolist()
     if weights is None:
         return f"its {len(edges)} modules are the shortest path"
     largest = sorted(edges, key=lambda edge: -weights[edge])[:3]
@@ -266,7 +277,11 @@ def _limit(given: float | str) -> _Limit:
     return _Limit(number=number * SCALES.get(match["scale"], 1.0), percent=match["scale"] == "%")
 
 
-def _value(text: str, kind: str, name: str) -> int | str:
+def _value(text: str, kind: str, name: str) -> int | str | bool:
+    if kind == "bool":
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{name} must be true or false, got {text!r}")
+        return text.lower() == "true"
     if kind != "int":
         return text
     try:

@@ -23,13 +23,14 @@ from budgetnet import data as datasets
 from budgetnet import report, spaces
 from budgetnet.architectures import named
 from budgetnet.console import Bars, quantity
+from budgetnet.delivery import Found, evaluate_gates, restored
 from budgetnet.errors import BudgetnetError, ConfigError, FileError, UnreachableBudget
 from budgetnet.export import FORMATS, load
+from budgetnet.inference import POLICIES, Inference
 from budgetnet.measure import default_costs, measure_file, measure_network
 from budgetnet.options import SearchOptions
 from budgetnet.runs import RunFolder, replace
-from budgetnet.search import search
-from budgetnet.session import Found
+from budgetnet.search import check_fit, search
 from budgetnet.supernet import SuperNetwork
 
 OK, WRONG, UNREACHABLE, INTERRUPTED = 0, 2, 3, 130
@@ -189,10 +190,51 @@ def report_command(arguments: list[str]) -> None:
     print(json.dumps({"report": str(page)}) if given.json else f"wrote {page}")
 
 
+def evaluate_command(arguments: list[str]) -> None:
+    """Budgetnet evaluate"""
+    target, rest = _positional(arguments, "evaluate RUN")
+    own, rest = _take(rest, "--space", "")
+    parser = _parser("evaluate", "Looks at the test images with the gates of a run, decided in one way.", "", "RUN")
+    parser.add_argument("--policy", default="threshold", help=", ".join(POLICIES))
+    parser.add_argument("--tau", type=float, default=0.5, help="a gate is open above this probability")
+    parser.add_argument("--runs", type=int, default=5, help="stochastic runs of an ensemble")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--recalibration", type=int, default=10, help="training batches that set the batch norms first")
+    parser.add_argument("--batch_size", type=int, default=128, help="images a batch")
+    parser.add_argument("--costs", type=str, default="macs", help="macs,params,steps:2")
+    parser.add_argument("--data", type=str | None, default=None, help="the run's own unless given")
+    parser.add_argument("--root", default="data", help="folder of the named datasets")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(rest)
+    inference = Inference(given.policy, given.tau, given.runs, given.seed)
+    run = RunFolder(target)
+    network = restored(run, _space_of_run(run, own))
+    data = datasets.load(given.data or str(run.read("options.json")["data"]["name"]), root=given.root)
+    check_fit(network, data)
+    found = evaluate_gates(
+        network,
+        data,
+        inference,
+        [text.strip() for text in given.costs.split(",")],
+        recalibration=given.recalibration,
+        batch_size=given.batch_size,
+    )
+    if given.json:
+        print(json.dumps(found))
+        return
+    table = Table("", "value", title=f"{given.policy}, test images")
+    for name, value in found["quality"].items():
+        table.add_row(name, f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %")
+    for name, value in found["costs"].items():
+        table.add_row(name, quantity(value, found["units"][name]))
+    Console().print(table)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "search": search_command,
     "measure": measure_command,
     "export": export_command,
+    "evaluate": evaluate_command,
     "report": report_command,
 }
 HELP = """budgetnet learns neural networks that fit a budget.
@@ -200,6 +242,7 @@ HELP = """budgetnet learns neural networks that fit a budget.
   budgetnet search   --data DATA --space NAME --budget 'macs<=25%' [--out RUN] [--resume]
   budgetnet measure  RUN|FILE.onnx|FILE.pt2|SPACE [--costs macs,params,steps:2] [--architecture NAME]
   budgetnet export   RUN --format onnx|pt2 --out FILE
+  budgetnet evaluate RUN --policy threshold|stochastic|always-on|ensemble [--tau 0.5]
   budgetnet report   RUN ... [--out FILE.html]
 
 `budgetnet COMMAND --help` lists every option; --json prints one JSON object for programs."""
@@ -296,6 +339,8 @@ def _tell(found: Found) -> None:
     quality = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result["test"].items() if name != "loss")
     console.print(f"test {quality}", highlight=False)
     for name in ("network.onnx", "network.pt2", "report.html"):
+        if not (found.run / name).exists():  # branches are exported to ONNX alone
+            continue
         console.print(f"{found.run / name}", highlight=False, soft_wrap=True)
 
 

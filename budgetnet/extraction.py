@@ -9,10 +9,12 @@ from operator import add
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.functional import pad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet.errors import ConfigError
+from budgetnet.gated import GatedSequential
 from budgetnet.supernet import SuperNetwork, evaluating
 
 
@@ -30,19 +32,46 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
     Raises:
         ConfigError: the architecture does not connect input and output.
     """
-    used = network.used(kept)[0].bool().tolist()
-    if not any(used):
+    whole = network.used(kept)
+    used = whole[0].bool().tolist()
+    if not bool(network.connects(whole)[0]):
         raise ConfigError("an architecture to extract must connect input and output, got one that does not")
     graph, modules = fx.Graph(), nn.Module()
+
+    def free(name: str) -> str:
+        place = re.sub(r"\W+", "_", name)
+        while hasattr(modules, place):  # another edge's, or a name that every module has
+            place += "_"
+        return place
 
     def call(name: str, module: nn.Module, value: fx.Node) -> fx.Node:
         if isinstance(module, nn.Identity):
             return value
-        place = re.sub(r"\W+", "_", name)
-        while hasattr(modules, place):  # another edge's, or a name that every module has
-            place += "_"
+        place = free(name)
         modules.add_module(place, copy.deepcopy(module))
         return graph.call_module(place, (value,))
+
+    def select(name: str, value: fx.Node, channels: Tensor) -> fx.Node:
+        place = free(name)
+        modules.register_buffer(place, channels)
+        return graph.call_function(torch.index_select, (value, 1, graph.get_attr(place)))
+
+    def narrow(edge: int, module: GatedSequential, value: fx.Node) -> fx.Node:
+        """The edge with its open channels alone: gathered and scattered only where its ends keep all channels."""
+        name = network.edge_names[edge]
+        bits = network.groups_of(edge, whole)[0].to(network.gates.values.device)
+        plain, into, out = module.narrowed(bits)
+        if into is not None:
+            value = select(f"{name}_reads", value, into)
+        value = call(name, plain, value)
+        if out is not None:
+            # behind the open channels stands one of zeros, which each closed channel reads
+            place = torch.full((module.out_channels,), len(out)).to(out)
+            place[out] = torch.arange(len(out)).to(out)
+            behind = network.shapes[network.graph.edges[edge][1]]
+            value = graph.call_function(pad, (value, (*[0, 0] * (len(behind) - 1), 0, 1)))
+            value = select(f"{name}_writes", value, place)
+        return value
 
     values = {network.graph.source: graph.placeholder("x")}
     for node in network.graph.order:
@@ -50,7 +79,11 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
         for edge in network.graph.incoming[node]:
             if used[edge]:
                 start = values[network.graph.edges[edge][0]]
-                value = call(network.edge_names[edge], network.modules_on_edges[edge], start)
+                module = network.modules_on_edges[edge]
+                if isinstance(module, GatedSequential):
+                    value = narrow(edge, module, start)
+                else:
+                    value = call(network.edge_names[edge], module, start)
                 total = value if total is None else graph.call_function(add, (total, value))
         if total is not None:
             values[node] = call(f"{network.graph.nodes[node]}_activation", network.activations[node], total)
@@ -94,7 +127,7 @@ def count(network: fx.GraphModule, example: Tensor) -> dict[str, int]:
         def call_function(self, target, args, kwargs):  # type: ignore[no-untyped-def]
             nonlocal additions
             result = super().call_function(target, args, kwargs)
-            additions += prod(result.shape[1:])
+            additions += prod(result.shape[1:]) if target is add else 0
             return result
 
     with evaluating(network), torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -198,6 +198,11 @@ def both(a: Tensor, b: Tensor) -> Tensor:
     return a & b if a.dtype == torch.bool else a * b
 
 
+def opposite(a: Tensor) -> Tensor:
+    """Logical not of bits: on floats `1 - a`."""
+    return ~a if a.dtype == torch.bool else 1 - a
+
+
 def either(a: Tensor, b: Tensor) -> Tensor:
     """Logical or of bits: on floats `a + b - ab`."""
     return a | b if a.dtype == torch.bool else a + b - a * b

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from budgetnet.budgets import COSTS, parse_cost
+from budgetnet.budgets import parse_cost
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import latency, load, load_program
 from budgetnet.extraction import extract, fold_batch_norm
@@ -37,7 +37,7 @@ def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -
         ConfigError: a cost is unknown, or the architecture connects nothing.
     """
     used = network.used(kept)
-    if not bool(used.any()):
+    if not bool(network.connects(used)[0]):
         raise ConfigError("an architecture to measure must connect input and output, got one that does not")
     values: dict[str, float] = {}
     units: dict[str, str] = {}
@@ -77,7 +77,7 @@ def measure_file(path: str | Path, costs: Sequence[str]) -> dict[str, Any]:
 
 def default_costs(target: str) -> list[str]:
     """What is measured where nothing is asked."""
-    return list(FILE_COSTS) if target == "file" else list(COSTS)
+    return list(FILE_COSTS) if target == "file" else ["macs", "params", "steps"]
 
 
 def _count_pt2(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:

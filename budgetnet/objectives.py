@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from budgetnet.errors import ConfigError
 BASELINES = ("leave-one-out", "batch-mean")
 """Those that compare the samples of a batch with each other."""
 
+MOVING = ("moving", "exponential")
+"""How a target follows the rates of the batches."""
+
 
 def hinge(excess: Tensor) -> Tensor:
     """`max(0, C / limit - 1)` of `(B,)` excesses `C / limit - 1`: what is over the limit (BSN Eq. 2, normalised)."""
@@ -22,6 +26,63 @@ def hinge(excess: Tensor) -> Tensor:
 def squared(excess: Tensor) -> Tensor:
     """`(C / target - 1)^2`: the squared distance to a target, from either side (batch activation loss, Eq. 1)."""
     return excess**2
+
+
+def batch_activation(rate: Tensor, target: float) -> Tensor:
+    """`(t - mean(rate))^2`, a scalar: the distance of the whole batch to the target, however its gates share it.
+
+    Its expectation over the gates is `(t - E[Q])^2 + Var(Q)`, `Q = mean(rate)`: the variance polarises them.
+
+    Args:
+        rate: `(B,)` cost of each sample as a share of the full network's: gates on over gates, or MACs over MACs.
+        target: t, the share asked for, in [0, 1].
+
+    Raises:
+        ConfigError: rates of another shape or type, or a target outside its range.
+
+    Source: batch activation gating, Eq. 1; with MACs `L_FLOPs` of section 3.4.
+    """
+    return squared(_excess(rate, target))
+
+
+def const_quad(rate: Tensor, target: float) -> Tensor:
+    """`max(0, mean(rate) - t)^2`, a scalar: `batch_activation` that lets a batch be cheaper than its target.
+
+    Args:
+        rate: `(B,)` cost of each sample as a share of the full network's.
+        target: t, the largest share without a loss, in [0, 1].
+
+    Raises:
+        ConfigError: rates of another shape or type, or a target outside its range.
+
+    Source: batch activation gating, Eq. 3. Differs: its Q is printed as a sum; here, as in Eq. 1, it is the mean.
+    """
+    return squared(hinge(_excess(rate, target)))
+
+
+def per_gate(kept: Tensor, target: float | Tensor) -> Tensor:
+    """`mean_g (t_g - mean_b kept_bg)^2`, a scalar: asks each gate for its rate, whatever the others do.
+
+    Args:
+        kept: `(B, G)` gates in [0, 1].
+        target: t in [0, 1] for all gates, or `(G,)` of them.
+
+    Raises:
+        ConfigError: gates or targets of another shape or type, or a target outside its range.
+
+    Source: batch activation gating, section 3.1, L_G: the loss of ConvNet-AIG, arXiv:1711.11503.
+    """
+    if kept.ndim != 2 or not kept.numel() or not kept.is_floating_point():
+        raise ConfigError(f"kept must be (B, G) floats, B and G >= 1, got {tuple(kept.shape)} {kept.dtype}")
+    if isinstance(target, Tensor):
+        if target.shape != kept.shape[1:]:
+            raise ConfigError(f"target must be a number or ({kept.shape[1]},) of them, got {tuple(target.shape)}")
+        for extreme in target.aminmax():
+            _check_share("target", float(extreme))
+        target = target.to(kept)
+    else:
+        _check_share("target", target)
+    return squared(kept.mean(dim=0) - target).mean()
 
 
 def score_function_loss(
@@ -103,6 +164,126 @@ def annealed(start: float, limit: float, progress: float) -> float:
     return max(limit, limit + (start - limit) * (1 - progress))
 
 
+@dataclass(frozen=True)
+class ConstantTarget:
+    """A target that stays: a share of the full network's cost, in [0, 1]."""
+
+    target: float
+
+    def __post_init__(self) -> None:
+        _check_share("target", self.target)
+
+    def __call__(self, epoch: float) -> float:
+        """The target at a position of `epoch` epochs, >= 0; a batch inside an epoch has a fraction."""
+        _check_epoch(epoch)
+        return self.target
+
+
+@dataclass(frozen=True)
+class SteppedTarget:
+    """A target that falls in steps: `max(target, start - fall * floor(epoch / every))`.
+
+    Attributes:
+        target: where it ends, a share of the full network's cost, in [0, 1].
+        start: where it begins, in [target, 1].
+        fall: the paper's a, how far each step falls, in (0, 1].
+        every: the paper's k, epochs between two steps, >= 1.
+
+    Raises:
+        ConfigError: an attribute is outside its range.
+
+    Source: batch activation gating, section S1.1, with its typical values.
+    """
+
+    target: float
+    _: KW_ONLY
+    start: float = 1.0
+    fall: float = 0.05
+    every: int = 5
+
+    def __post_init__(self) -> None:
+        _check_share("target", self.target)
+        if not self.target <= self.start <= 1:
+            raise ConfigError(f"start must lie between the target {self.target} and 1, got {self.start}")
+        if not 0 < self.fall <= 1:
+            raise ConfigError(f"fall must lie in (0, 1], got {self.fall}")
+        _check_count("every", self.every)
+
+    def __call__(self, epoch: float) -> float:
+        """The target at a position of `epoch` epochs, >= 0; a batch inside an epoch has a fraction."""
+        _check_epoch(epoch)
+        return max(self.target, self.start - self.fall * math.floor(epoch / self.every))
+
+
+@dataclass
+class MovingTarget:
+    """A target that follows the batches of an epoch, and goes back to its start with the next.
+
+    "moving": the mean of the start and of the epoch's rates; "exponential": `decay * before + (1 - decay) * rate`.
+
+    Attributes:
+        start: where each epoch begins, a share of the full network's cost, in [0, 1].
+        kind: "moving" or "exponential".
+        decay: of the exponential kind alone, in [0, 1).
+        value: the target now; with `seen` what a checkpoint keeps.
+        seen: batches of this epoch so far.
+
+    Raises:
+        ConfigError: an attribute is outside its range.
+
+    Source: batch activation gating, section S1.2, which names both kinds; formulas and decay are ours.
+    """
+
+    start: float
+    _: KW_ONLY
+    kind: str = "moving"
+    decay: float = 0.9
+    value: float = field(init=False)
+    seen: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        _check_share("start", self.start)
+        if self.kind not in MOVING:
+            raise ConfigError(f"kind must be {' or '.join(MOVING)}, got {self.kind!r}")
+        if not 0 <= self.decay < 1:
+            raise ConfigError(f"decay must be >= 0 and < 1, got {self.decay}")
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Goes back to the start."""
+        self.value, self.seen = self.start, 0
+
+    def update(self, rate: float) -> None:
+        """Follows a batch of this rate, >= 0; above 1, where gates themselves cost something, it counts as 1."""
+        if not 0 <= rate < math.inf:
+            raise ConfigError(f"a batch's rate must be a number >= 0, got {rate}")
+        rate, self.seen = min(1.0, rate), self.seen + 1
+        if self.kind == "moving":
+            self.value += (rate - self.value) / (self.seen + 1)  # the start is one of the values
+        else:
+            self.value = self.decay * self.value + (1 - self.decay) * rate
+
+
+def gate_weight_decay(gates: int, *, base: float = 1e-4) -> float:
+    """Weight decay of the gates' logits, `20 / G * base`, so that it pulls as much on few gates as on many.
+
+    Decay adds up over the gates, and draws each to p = 1/2 (Eq. 2); the variance that polarises them is an average.
+
+    Args:
+        gates: G, >= 1.
+        base: weight decay of the other weights, >= 0.
+
+    Raises:
+        ConfigError: an argument is outside its range.
+
+    Source: batch activation gating, section 4.1; the reason is in section 3.2.
+    """
+    _check_count("gates", gates)
+    if not 0 <= base < math.inf:
+        raise ConfigError(f"base must be a number >= 0, got {base}")
+    return 20 / gates * base
+
+
 def per_architecture(loss: Tensor, architectures: int) -> Tensor:
     """Means `(B,)` losses of examples over the contiguous slices that K architectures serve, `(K,)`.
 
@@ -127,3 +308,53 @@ def example_losses(output: Tensor, target: Tensor, ignore: int | None) -> Tensor
         return losses
     counted = (target != absent).flatten(1).sum(dim=1).clamp(min=1)
     return losses.flatten(1).sum(dim=1) / counted
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """`T^2 KL(softmax(teacher / T) || softmax(student / T))` of each example, `(B,)` nats; of a mask, its pixels' mean.
+
+    T^2 keeps the gradient's scale whatever T is.
+
+    Args:
+        student: `(B, classes)` or `(B, classes, H, W)` logits.
+        teacher: logits of the same shape; they get no gradient.
+        temperature: T, > 0; a higher one shows more of what the teacher takes for unlikely.
+
+    Raises:
+        ConfigError: the shapes differ or are others, or the temperature is outside its range.
+
+    Source: Hinton et al., arXiv:1503.02531, section 2. Differs: the divergence, where they take the
+        cross-entropy; the gradients agree.
+    """
+    if student.ndim not in (2, 4) or student.shape != teacher.shape:
+        expected = "student and teacher must both be (B, classes) or (B, classes, H, W)"
+        raise ConfigError(f"{expected}, got {tuple(student.shape)} and {tuple(teacher.shape)}")
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature must be a number > 0, got {temperature}")
+    ours = F.log_softmax(student.float() / temperature, dim=1)
+    theirs = F.log_softmax(teacher.detach().float() / temperature, dim=1)
+    divergence = temperature**2 * (theirs.exp() * (theirs - ours)).sum(dim=1)
+    return divergence if divergence.ndim == 1 else divergence.mean(dim=(1, 2))
+
+
+def _excess(rate: Tensor, target: float) -> Tensor:
+    """The mean of `(B,)` rates less their target, a scalar."""
+    if rate.ndim != 1 or not rate.numel() or not rate.is_floating_point():
+        raise ConfigError(f"rate must be (B,) floats, B >= 1, got {tuple(rate.shape)} {rate.dtype}")
+    _check_share("target", target)
+    return rate.mean() - target
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} must lie in [0, 1], got {value}")
+
+
+def _check_epoch(epoch: float) -> None:
+    if not 0 <= epoch < math.inf:
+        raise ConfigError(f"epoch must be a number >= 0, got {epoch}")
+
+
+def _check_count(name: str, count: int) -> None:
+    if not isinstance(count, int) or count < 1:
+        raise ConfigError(f"{name} must be a whole number >= 1, got {count}")

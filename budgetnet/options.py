@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
 from budgetnet.errors import ConfigError
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "score": {"warmup": 0.2, "finetune": 0.4, "gate_rate": 0.1, "gate_start": 3.0, "architectures": 16}
+    | {"proportional": 10.0, "exploration": 0.02, "anneal": 0.6},
+    "gumbel": {"warmup": 0.13, "finetune": 0.7, "gate_rate": 0.05, "gate_start": 2.0, "architectures": "example"}
+    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.6},
+    "conditional": {"warmup": 0.13, "finetune": 0.0, "gate_rate": 0.05, "gate_start": 2.0, "architectures": "example"}
+    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.3},
+}
+"""What an option left at None becomes: for the score function, for Gumbel, and for gates that look at the input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +26,24 @@ class SearchOptions:
     """How architecture and weights are learned.
 
     The epochs are divided into warm-up (the full network), search (sampled architectures) and
-    fine-tuning (the chosen one). One learning-rate curve runs over all of them.
+    fine-tuning (the chosen one). One learning-rate curve runs over all of them. An option that is None
+    takes the value that `DEFAULTS` has for the estimator.
 
     Attributes:
+        estimator: "score": the score function, for any cost (BSN); "gumbel": straight-through Gumbel, and
+            "soft-gumbel" without the straight-through (Herrmann et al.), the score function for costs
+            without a gradient; "auto": "gumbel" where channels or inputs have gates, else "score".
+        temperature: of Gumbel, > 0.
+        penalty: "price": the price times the relative excess; "batch-activation" (Eq. 1 of Herrmann et al.),
+            "const-quad" (Eq. 3), each times the price; "per-gate": each gate's rate is drawn to
+            the limit's share of the full cost, as in ConvNet-AIG.
+        target: how the limit in force comes down: "linear"; "stepped" by `target_fall` of the full cost
+            every `target_every` epochs (S1.1); "moving" or "exponential": it follows the batches' own
+            cost, from the limit at the start of each epoch (S1.2).
+        target_fall, target_every: of the stepped target.
+        gate_decay: weight decay of the gates; "papers" for 20 / G * 1e-4.
+        distillation: weight of the loss that draws samples, and the chosen network, to what the full
+            network predicts for the same images; 0 for none. The full network learns beside its samples.
         epochs: passes over the training images in all, >= 1.
         warmup: share of the epochs before sampling starts, in [0, 1); BSN: 50 of 300.
         finetune: share of the epochs for the chosen architecture, in [0, 1).
@@ -53,9 +78,17 @@ class SearchOptions:
         ConfigError: an option is outside its range.
     """
 
+    estimator: Literal["auto", "score", "gumbel", "soft-gumbel"] = "auto"
+    temperature: float = 1.0
+    penalty: Literal["price", "batch-activation", "const-quad", "per-gate"] = "price"
+    target: Literal["linear", "stepped", "moving", "exponential"] = "linear"
+    target_fall: float = 0.05
+    target_every: int = 5
+    gate_decay: float | Literal["papers"] = 0.0
+    distillation: float = 0.0
     epochs: int = 30
-    warmup: float = 0.2
-    finetune: float = 0.4
+    warmup: float | None = None
+    finetune: float | None = None
     batch_size: int = 128
     learning_rate: float = 0.2
     schedule: Literal["one-cycle", "steps", "constant"] = "one-cycle"
@@ -63,16 +96,16 @@ class SearchOptions:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     gate_optimizer: Literal["adam", "sgd"] = "adam"
-    gate_rate: float = 0.1
-    gate_start: float = 3.0
+    gate_rate: float | None = None
+    gate_start: float | None = None
     gate_limit: float = 5.0
-    architectures: int | Literal["example"] = 16
+    architectures: int | Literal["example"] | None = None
     baseline: Literal["leave-one-out", "batch-mean", "moving-average"] = "leave-one-out"
     price: float | Literal["dual"] = "dual"
-    proportional: float = 10.0
+    proportional: float | None = None
     integral: float = 0.02
-    exploration: float = 0.02
-    anneal: float = 0.6
+    exploration: float | None = None
+    anneal: float | None = None
     candidates: int = 16
     recalibration: int = 10
     validate_every: int = 1
@@ -81,7 +114,7 @@ class SearchOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "candidates", "recalibration", "validate_every"):
+        for name in ("epochs", "batch_size", "candidates", "recalibration", "validate_every", "target_every"):
             _check(name, getattr(self, name), whole=True, least=1)
         _check("seed", self.seed, whole=True, least=0, below=2**24)  # the step has 40 bits beside it
         for name in (
@@ -92,15 +125,26 @@ class SearchOptions:
             "proportional",
             "integral",
             "exploration",
+            "target_fall",
+            "distillation",
         ):
-            _check(name, getattr(self, name), least=0)
+            _check(name, self._value(name), least=0)
         for name in ("warmup", "finetune", "anneal", "momentum"):
-            _check(name, getattr(self, name), least=0, below=1 if name != "anneal" else None)
-        _check("gate_start", self.gate_start)
+            _check(name, self._value(name), least=0, below=1 if name != "anneal" else None)
+        _check("gate_start", self._value("gate_start"))
+        if self.gate_decay != "papers":
+            _check("gate_decay", self.gate_decay, least=0)
+        if isinstance(self.temperature, bool) or not (
+            isinstance(self.temperature, int | float) and 0 < self.temperature < math.inf
+        ):
+            raise ConfigError(f"temperature must be a number > 0, got {self.temperature!r}")
         for share in self.milestones:
             _check("milestones", share, least=0, below=1)
         for name, choices in (
             ("schedule", ("one-cycle", "steps", "constant")),
+            ("estimator", ("auto", "score", "gumbel", "soft-gumbel")),
+            ("penalty", ("price", "batch-activation", "const-quad", "per-gate")),
+            ("target", ("linear", "stepped", "moving", "exponential")),
             ("gate_optimizer", ("adam", "sgd")),
             ("baseline", ("leave-one-out", "batch-mean", "moving-average")),
             ("precision", ("auto", "float32", "bfloat16")),
@@ -109,13 +153,14 @@ class SearchOptions:
                 raise ConfigError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
         if self.price != "dual":
             _check("price", self.price, least=0)
-        if self.architectures != "example":
+        if self.architectures not in (None, "example"):
             _check("architectures", self.architectures, whole=True, least=1)
-            if self.architectures > self.batch_size:
+            if isinstance(self.architectures, int) and self.architectures > self.batch_size:
                 raise ConfigError(
                     f"architectures must be at most batch_size {self.batch_size}, got {self.architectures}"
                 )
-        if self.baseline != "moving-average" and self.sampled(self.batch_size) < 2:
+        pathwise = self.estimator in ("gumbel", "soft-gumbel")
+        if not pathwise and self.baseline != "moving-average" and self.sampled(self.batch_size) < 2:
             raise ConfigError(f"a {self.baseline} baseline needs architectures >= 2, got 1")
         if self.warmup_epochs + self.finetune_epochs > self.epochs - 1:
             raise ConfigError(
@@ -126,12 +171,12 @@ class SearchOptions:
     @property
     def warmup_epochs(self) -> int:
         """Epochs before sampling starts."""
-        return round(self.warmup * self.epochs)
+        return round(float(self._value("warmup")) * self.epochs)
 
     @property
     def finetune_epochs(self) -> int:
         """Epochs of the chosen architecture."""
-        return round(self.finetune * self.epochs)
+        return round(float(self._value("finetune")) * self.epochs)
 
     def phase(self, epoch: int) -> str:
         """What an epoch is for: "warmup", "search" or "finetune"."""
@@ -142,9 +187,10 @@ class SearchOptions:
     def search_progress(self, position: float) -> float:
         """Share of the annealing that is over at `position` epochs from the start, in [0, 1]."""
         length = self.epochs - self.warmup_epochs - self.finetune_epochs
-        if self.anneal == 0:
+        anneal = float(self._value("anneal"))
+        if anneal == 0:
             return 1.0
-        return min(1.0, max(0.0, (position - self.warmup_epochs) / (length * self.anneal)))
+        return min(1.0, max(0.0, (position - self.warmup_epochs) / (length * anneal)))
 
     def rate(self, progress: float) -> float:
         """Learning rate of the weights when a share `progress` of all training is over."""
@@ -159,7 +205,36 @@ class SearchOptions:
 
     def sampled(self, examples: int) -> int:
         """Architectures sampled for a batch of so many examples."""
-        return examples if self.architectures == "example" else min(self.architectures, examples)
+        asked = self._value("architectures")
+        return examples if asked == "example" else min(int(asked), examples)
+
+    def resolved(self, *, conditional: bool = False, gated: bool = False) -> SearchOptions:
+        """These options with nothing left open.
+
+        Args:
+            conditional: whether gates look at the input.
+            gated: whether channels have gates.
+
+        Raises:
+            ConfigError: the score function is asked for gates that look at the input.
+        """
+        estimator = self.estimator
+        if estimator == "auto":
+            estimator = "gumbel" if conditional or gated else "score"
+        if conditional and estimator == "score":
+            raise ConfigError("gates that look at the input are learned by the estimator gumbel, got score")
+        if conditional and self.architectures not in (None, "example"):
+            raise ConfigError(f"gates that look at the input decide for each example, got {self.architectures}")
+        if conditional and self.finetune:
+            raise ConfigError(f"gates that look at the input leave nothing to fine-tune, got finetune {self.finetune}")
+        defaults = DEFAULTS["score" if estimator == "score" else "conditional" if conditional else "gumbel"]
+        given = {name: value for name in defaults if (value := getattr(self, name)) is not None}
+        return replace(self, estimator=estimator, **(defaults | given))
+
+    def _value(self, name: str) -> Any:
+        value = getattr(self, name)
+        kind = "gumbel" if self.estimator in ("gumbel", "soft-gumbel") else "score"
+        return DEFAULTS[kind][name] if value is None else value
 
 
 def resolve_device(name: str) -> torch.device:

@@ -6,7 +6,7 @@ import copy
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from torch import Tensor
 from budgetnet.architectures import named
 from budgetnet.budgets import Budget, check_reachable
 from budgetnet.data import Dataset
+from budgetnet.delivery import Found, deliver
 from budgetnet.errors import ConfigError
 from budgetnet.options import SearchOptions, resolve_device, resolve_precision
 from budgetnet.runs import RunFolder, next_folder
-from budgetnet.session import Found, Progress, Session
+from budgetnet.session import Progress, Session
 from budgetnet.supernet import SuperNetwork
 from budgetnet.training import Learner
 from budgetnet.version import __version__
@@ -57,18 +58,20 @@ def search(
         UnreachableBudget: no architecture keeps the budgets.
         DivergenceError: the loss became infinite; the last checkpoint is kept.
     """
-    options = options or SearchOptions()
+    options = (options or SearchOptions()).resolved(conditional=bool(space.heads), gated=bool(space.sites))
     check_fit(space, data)
     if not budgets and architecture is None:
         raise ConfigError("a search needs at least one budget, such as macs<=25%, got none")
     asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
     network = copy.deepcopy(space)
     with torch.no_grad():
-        network.gates.logits.fill_(options.gate_start)
+        network.gates.reset(float(options.gate_start or 0.0))
     bound = [budget.bind(network) for budget in asked]
     limits = check_reachable(network, bound)
     fixed = named(space, architecture) if isinstance(architecture, str) else architecture
-    if fixed is not None and not bool(space.used(fixed).any()):
+    if fixed is not None:
+        options = replace(options, distillation=0.0)  # nothing larger is there to learn from
+    if fixed is not None and not bool(space.connects(space.used(fixed))[0]):
         raise ConfigError("an architecture to train must connect input and output, got one that does not")
     device = resolve_device(options.device)
     dtype = resolve_precision(options.precision, device)
@@ -83,7 +86,7 @@ def search(
         progress.begin(limits, options)
     while session.epoch < options.epochs:
         session.run_epoch(progress)
-    return session.finish(limits)
+    return deliver(session, limits)
 
 
 def check_fit(space: SuperNetwork, data: Dataset) -> None:

@@ -33,7 +33,7 @@ def pareto_front(cost: Tensor, quality: Tensor) -> Tensor:
 def keeps(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor) -> Tensor:
     """Whether `(B, G)` architectures connect input and output and keep every budget, `(B,)` bool."""
     used = network.used(kept)
-    good = used.any(dim=1)
+    good = network.connects(used)
     for budget in budgets:
         good = good & budget.met(budget.model(used))
     return good
@@ -66,19 +66,20 @@ def probable(
     Raises:
         UnreachableBudget: none was found that keeps all budgets together.
     """
-    logits = network.gates.logits.detach().cpu()
+    logits = network.logits()
     mode = (logits > 0).float()[None]
     mended = mend(network, budgets, mode, logits)
     binding = not bool(keeps(network, budgets, mode)[0])
     wanted = torch.ones_like(mode[0], dtype=torch.bool) if binding else mode[0].bool()
-    drawn = torch.bernoulli(logits.sigmoid().expand(samples, -1), generator=generator)
+    drawn = network.sampled(samples, generator)
     drawn = trimmed(network, drawn[keeps(network, budgets, drawn)])
     score = log_prob(logits, drawn, network.relevant(drawn))
     pool = torch.cat([mended, drawn[score.argsort(descending=True, stable=True)]])
     unique: dict[tuple[float, ...], None] = {}  # in order
     for row in dict.fromkeys(map(tuple, pool.tolist())):
         if len(unique) < count:
-            unique[tuple(filled(network, budgets, torch.tensor([row]), logits, wanted)[0].tolist())] = None
+            whole = filled(network, budgets, torch.tensor([row]), logits, wanted.clone())
+            unique[tuple(whole[0].tolist())] = None
     if not unique:
         tightest = min(budgets, key=lambda budget: budget.limit / budget.full)
         raise UnreachableBudget(
@@ -94,14 +95,13 @@ def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, lo
     The least probable used gates go first. Where cutting cannot reach the budgets it starts from the
     most probable path, from one that fits, or from the full network.
     """
-    weights = [0.0] * len(network.graph.edges)
-    for column, edge in enumerate(network.columns):
-        weights[edge] = float(torch.nn.functional.softplus(-logits[column]))  # - log p
-    path = network.graph.cheapest_path(weights)
-    likely = torch.tensor([[float(edge in path) for edge in network.columns]])
+    columns = network.gate_of[: len(network.graph.edges)]
+    unlikely = torch.nn.functional.softplus(-logits)  # - log p
+    path = network.graph.cheapest_path([0.0 if column is None else float(unlikely[column]) for column in columns])
+    likely = network.of_edges(path)
     fitting = fitting_path(network, budgets)
     starts = [kept, torch.maximum(kept, likely), likely, *([] if fitting is None else [fitting])]
-    starts.append(torch.ones_like(kept))  # for a target that lies above all of these
+    starts.append(network.architecture("full"))  # for a target that lies above all of these
     for start in starts:
         cut = _cut(network, budgets, trimmed(network, start), logits)
         if cut is not None:
@@ -111,7 +111,13 @@ def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, lo
 
 def trimmed(network: SuperNetwork, kept: Tensor) -> Tensor:
     """The same architectures with every unused gate off."""
-    return network.used(kept)[:, list(network.columns)]
+    used = network.used(kept)
+    for site in network.sites:
+        used[:, slice(*site.units)] *= used[:, [site.edge]]
+    gated = [unit for unit, column in enumerate(network.gate_of) if column is not None]
+    columns = torch.tensor([network.gate_of[unit] for unit in gated], dtype=torch.int64)
+    # a gate of several sites is on where one of them uses it
+    return torch.zeros_like(kept).index_add(1, columns, used[:, gated]).clamp(max=1)
 
 
 def _cut(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> Tensor | None:
@@ -120,7 +126,7 @@ def _cut(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, lo
         used = used[logits[used].argsort(stable=True)]
         without = kept.repeat(len(used), 1)
         without[torch.arange(len(used)), used] = 0
-        possible = network.used(without).any(dim=1) & ~_short(network, budgets, without)
+        possible = network.connects(network.used(without)) & ~_short(network, budgets, without)
         if not bool(possible.any()):
             return None
         kept = trimmed(network, without[int(possible.nonzero()[0])][None])
@@ -141,8 +147,16 @@ def _short(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor) 
 def filled(
     network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor, wanted: Tensor
 ) -> Tensor:
-    """`(1, G)` `kept` and the most probable of the `(G,)` wanted gates that it can use within all budgets."""
+    """`(1, G)` `kept` and the most probable of the `(G,)` wanted gates that it can use within all budgets.
+
+    Channels of a module that is dropped, or closed altogether, are not opened again, and no exit is taken,
+    which would leave unused what is behind it.
+    """
+    wanted[[column for edge in network.exits if (column := network.gate_of[edge]) is not None]] = False
     while True:
+        used = network.used(kept)[0]
+        closed = [unit for site in network.sites if not used[site.edge] for unit in range(*site.units)]
+        wanted[[column for unit in closed if (column := network.gate_of[unit]) is not None]] = False
         absent = ((kept[0] == 0) & wanted).nonzero().flatten()
         absent = absent[logits[absent].argsort(descending=True, stable=True)]
         more = kept.repeat(len(absent), 1)

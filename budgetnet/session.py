@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from budgetnet import report
 from budgetnet.architectures import describe
 from budgetnet.data import Batches, Dataset
 from budgetnet.errors import FileError
 from budgetnet.evaluation import Predict, evaluate, recalibrate
-from budgetnet.export import difference, export, latency, load
-from budgetnet.extraction import count, extract, fold_batch_norm
+from budgetnet.extraction import extract
+from budgetnet.inference import Inference, Observed, observe
 from budgetnet.options import SearchOptions
 from budgetnet.report.records import Record
 from budgetnet.report.run import Run
 from budgetnet.runs import RunFolder
 from budgetnet.selection import keeps, probable
-from budgetnet.sites import Threshold, entropy
-from budgetnet.supernet import SuperNetwork
+from budgetnet.sites import entropy
 from budgetnet.training import Learner, Sums
 
 CHECKPOINT_SECONDS = 60  # within an epoch; where a checkpoint falls changes no result
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a search returns.
-
-    Attributes:
-        plain: the network that was found, plain `torch.nn`, in evaluation mode, on the CPU.
-        architecture: `(1, G)` its decisions.
-        supernet: the network with choices that it came from.
-        result: what `result.json` holds.
-        run: the run folder.
-    """
-
-    plain: fx.GraphModule
-    architecture: Tensor
-    supernet: SuperNetwork
-    result: dict[str, Any]
-    run: Path
-
-    def network(self) -> fx.GraphModule:
-        """A copy of the plain network."""
-        return copy.deepcopy(self.plain)
 
 
 class Progress(Protocol):
@@ -71,7 +44,8 @@ class Session:
     """One run: where it stands, and how it goes on from there."""
 
     def __init__(self, run: RunFolder, data: Dataset, learner: Learner, options: SearchOptions) -> None:
-        self.run, self.data, self.learner, self.options = run, data, learner, options
+        self.run, self.data, self.learner, self.options = run, data, learner, learner.options
+        options = learner.options
         self.network, self.budgets = learner.network, learner.budgets
         common: dict[str, Any] = {"batch_size": options.batch_size, "device": learner.device}
         self.train = Batches(data.train, augmentation=data.augmentation, seed=options.seed, **common)
@@ -121,10 +95,12 @@ class Session:
     def _sums(self, record: Record) -> Sums:
         counts = {key: record.whole(key) for key in ("images", "samples")}
         totals = {key: record.number(key) for key in ("loss", "right", "connected")}
-        sums = Sums(**counts, **totals, costs=list(record.numbers("costs")))  # type: ignore[arg-type]
+        lists = {key: list(record.numbers(key)) for key in ("costs", "opened")}
+        sums = Sums(**counts, **totals, **lists)  # type: ignore[arg-type]
         samples = self.options.sampled(self.train.batch_size) * self.batch if self.phase() == "search" else 0
         expected = (self.train.batch_size * self.batch, samples, len(self.budgets) if samples else 0)
-        if (sums.images, sums.samples, len(sums.costs)) != expected:
+        gates = self.network.gate_count if samples else 0
+        if (sums.images, sums.samples, len(sums.costs), len(sums.opened)) != (*expected, gates):
             raise FileError(f"{record.file} must have sums over {self.batch} batches, got others")
         return sums
 
@@ -156,6 +132,8 @@ class Session:
         if phase == "finetune" and self.learner.chosen is None:
             self.choose()
         self.network.train()
+        if self.batch == 0:
+            self.learner.begin_epoch()
         last = time.monotonic()
         for x, y in self.train.epoch(self.epoch, start=self.batch):
             position = self.epoch + self.batch / batches
@@ -167,6 +145,7 @@ class Session:
                 rate=self.options.rate(position / self.options.epochs),
                 progress=self.options.search_progress(position),
                 sums=self.sums,
+                epochs=position - self.options.warmup_epochs,
             )
             self.batch += 1
             self.images += len(x)
@@ -190,9 +169,16 @@ class Session:
         kept = self.current(phase)
         used = self.network.used(kept)
         looked = (self.epoch + 1) % self.options.validate_every == 0 or self.epoch + 1 == self.options.epochs
-        validation = self.judge(kept, afresh=searching) if looked and bool(used.any()) else None
+        validation = None
+        if looked and self.network.heads:
+            self.network.eval()
+            validation = self.observe(Inference(), self.validation).quality
+        elif looked and bool(self.network.connects(used)[0]):
+            validation = self.judge(kept, afresh=searching)
         limits = (
-            self.learner.limits(self.options.search_progress(position)) if searching else [None] * len(self.budgets)
+            self.learner.limits(self.options.search_progress(position), position - self.options.warmup_epochs)
+            if searching
+            else [None] * len(self.budgets)
         )
         costs = [total / sums.samples for total in sums.costs] if searching else [None] * len(self.budgets)
         self.write_architecture(kept)
@@ -207,6 +193,7 @@ class Session:
             "validation": validation,
             "entropy": float(self.undecided()) if searching else None,
             "connected": sums.connected / sums.samples if searching else None,
+            "activation": self.activation() if searching else None,
             "budgets": [
                 {
                     "cost": budget.name,
@@ -221,21 +208,31 @@ class Session:
             ],
         }
 
+    def activation(self) -> dict[str, float]:
+        """How often each gated edge, and the mean channel of each gated site, was open in this epoch's samples."""
+        network, rates = self.network, [opened / self.sums.samples for opened in self.sums.opened]
+        whole = [1.0 if column is None else rates[column] for column in network.gate_of]
+        found = {network.edge_names[edge]: whole[edge] for edge in network.choices}
+        for site in network.sites:
+            weighed = zip(whole[slice(*site.units)], site.sizes, strict=True)
+            found[f"{network.edge_names[site.edge]}.{site.name}"] = sum(a * b for a, b in weighed) / sum(site.sizes)
+        return found
+
     def undecided(self) -> Tensor:
         """Entropy of the sampled architecture in nats, over the decisions that are taken and could matter.
 
         `E_H[sum_g relevant_g(H) h(p_g)]`, on 1,024 samples: 0 once one architecture is left.
         """
-        logits = self.network.gates.logits.detach().cpu()
-        kept = torch.bernoulli(logits.sigmoid().expand(1024, -1), generator=seeded(logits.device, 0, self.epoch))
-        return (self.network.relevant(kept) @ entropy(logits)).mean()
+        probability = self.network.probabilities()
+        kept = self.network.sampled(1024, seeded(probability.device, 0, self.epoch))
+        return (self.network.relevant(kept) @ entropy(torch.logit(probability))).mean()
 
     def current(self, phase: str) -> Tensor:
         """The architecture that stands for this phase: the full, the most probable or the chosen one, `(1, G)`."""
         if phase == "warmup":
             return self.network.architecture("full")
         if phase == "search":
-            return Threshold()(self.network.gates.logits, slice(None)).cpu()
+            return (self.network.probabilities() > 0.5).float()[None]
         chosen = self.learner.chosen
         assert chosen is not None
         return chosen
@@ -267,7 +264,7 @@ class Session:
             }
             for place, quality in enumerate(qualities)
         ]
-        self.learner.chosen = pool[best : best + 1]
+        self.learner.choose(pool[best : best + 1])
         self.settle(used[best : best + 1])
 
     def settle(self, used: Tensor) -> None:
@@ -275,62 +272,21 @@ class Session:
         batches = islice(self.train.epoch(self.epoch), self.options.recalibration)
         recalibrate(self.network, self.predict(lambda x: self.network.run(x, used)), batches)
 
-    def finish(self, limits: list[dict[str, Any]]) -> Found:
-        """Extracts the network, proves it equal, looks at the test images once, writes every file."""
-        if self.learner.chosen is None:
-            self.choose()
-        kept = self.learner.chosen
-        assert kept is not None
-        started = time.monotonic()
-        used = self.network.used(kept)
-        self.settle(used)
-        plain = extract(self.network, kept).eval()
-        validation = self.quality(self.predict(plain), self.validation)
-        test_batches = Batches(
-            self.data.test, batch_size=self.options.batch_size, device=self.learner.device, shuffle=False
+    def test_batches(self) -> Batches:
+        """The test images, to be looked at once."""
+        return Batches(self.data.test, batch_size=self.options.batch_size, device=self.learner.device, shuffle=False)
+
+    def observe(self, inference: Inference, batches: Batches) -> Observed:
+        """What the network with its gates does on all of some batches."""
+        return observe(
+            self.network,
+            inference,
+            batches.epoch(0),
+            classes=self.data.num_classes,
+            ignore=self.data.ignore,
+            models={budget.name: budget.model for budget in self.budgets},
+            forward=self.learner.forward,
         )
-        test = self.quality(self.predict(plain), test_batches)
-        supernet = self.network.cpu().eval()
-        plain = plain.cpu()
-        x = next(iter(test_batches.epoch(0)))[0].cpu()
-        folded = fold_batch_norm(plain)
-        files = {kind: export(folded, self.run.path / f"network.{kind}", x[:1]) for kind in ("onnx", "pt2")}
-        equivalence = {"extracted": difference(lambda x: supernet.run(x, used), plain, x)}
-        equivalence |= {kind: difference(plain, load(path), x) for kind, path in files.items()}
-        timing = latency(load(files["onnx"], threads=1), x[:1])
-        full = supernet.used(supernet.architecture("full"))
-        result = {
-            "space": {"name": supernet.name, "options": supernet.options},
-            "data": self.data.name,
-            "seed": self.options.seed,
-            "images_seen": self.images,
-            "seconds": self.seconds + time.monotonic() - started,
-            "budgets": [
-                {
-                    "cost": budget.name,
-                    "unit": budget.unit,
-                    "limit": budget.limit,
-                    "value": float(budget.model(used)[0]),
-                    "met": bool(budget.met(budget.model(used))[0]),
-                }
-                for budget in self.budgets
-            ],
-            "before": limits,
-            "full": count(extract(supernet, supernet.architecture("full")), x[:1]) if bool(full.any()) else {},
-            "network": {
-                **count(plain, x[:1]),
-                "memory": sum(value.numel() * value.element_size() for value in folded.state_dict().values()),
-                "latency_ms": {**timing, "runtime": "onnxruntime", "threads": 1, "batch": 1},
-            },
-            "validation": validation,
-            "test": test,
-            "equivalence": equivalence,
-            "candidates": self.candidates,
-        }
-        self.write_architecture(kept)
-        self.run.write("result.json", result)
-        report.write(self.run.path)
-        return Found(plain, kept, supernet, result, self.run.path)
 
     def predict(self, network: Predict) -> Predict:
         """The forward pass in the run's precision."""
@@ -339,7 +295,7 @@ class Session:
             with torch.autocast(
                 self.learner.device.type, self.learner.dtype, enabled=self.learner.dtype != torch.float32
             ):
-                return network(x.contiguous(memory_format=torch.channels_last))
+                return network(x.contiguous(memory_format=self.learner.layout))
 
         return run
 

@@ -1,12 +1,13 @@
-"""Networks with choices: a DAG of modules whose edges a policy keeps or drops, run on just what is used.
+"""Networks with choices: a DAG of modules whose edges and channels a policy keeps or drops, run on what is used.
 
 `output, kept = network(x, policy)`; no module remembers a sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from budgetnet.errors import ConfigError, GraphError
-from budgetnet.graph import Graph
-from budgetnet.sites import Fixed, Gates, Policy
+from budgetnet.gated import GatedSequential
+from budgetnet.graph import Graph, both, opposite
+from budgetnet.sites import AlwaysOn, Fixed, Gates, Policy
 
 Shape = tuple[int, ...]
 
@@ -52,6 +54,10 @@ class Edge:
         kind: what a picture calls it: "block", "projection".
         fixed: always kept; not a choice.
         steps: computation cycles, None for 0 on an identity and 1 elsewhere.
+        gate: builds what decides this edge's gates from the start's value: called with its channels and the
+            number of gates (the edge's own unless fixed, and those of its channels), such as
+            `ConditionalGates`; None for gates that do not look at the input.
+        exit: what takes this edge ends here: it passes along no other edge that leaves `start`.
     """
 
     start: str
@@ -61,10 +67,17 @@ class Edge:
     kind: str = "module"
     fixed: bool = False
     steps: int | None = None
+    gate: Callable[[int, int], nn.Module] | None = None
+    exit: bool = False
 
 
 class SuperNetwork(nn.Module):
-    """A super network (E, theta) with a gate on each edge that is a choice.
+    """A super network (E, theta) with a gate on each edge that is a choice, and on channels inside edges.
+
+    An edge whose module is a `GatedSequential` has a gate for each group of channels that may be
+    closed. Edges and groups are the network's *units*, U = E + groups: the E edges, then the groups
+    edge by edge, site by site. The G gates are *columns*: first those that do not look at the input
+    (the edges' own, then the groups'), then the conditional ones in the order in which edges are run.
 
     Layers follow Eq. 1, `l_i = sum_k e_ki f_ki(l_k)`, over the edges on a live path; the value of a
     layer that no live path reaches is an empty sum, 0, so an architecture that does not connect
@@ -78,10 +91,11 @@ class SuperNetwork(nn.Module):
         name, options: what `spaces` built this from; kept in run folders.
         architectures: named sub-networks, each the names of the edges it keeps beside the fixed ones.
         start: logit every gate starts with.
+        pairs: learn two logits for each gate that does not look at the input.
 
     Raises:
-        GraphError: the edges form no DAG from `source` to `sink`, a name is used twice, or what
-            enters a node differs in shape.
+        GraphError: the edges form no DAG from `source` to `sink`, a name is used twice, what enters a
+            node differs in shape, or an exit does not lead from a node that all paths pass.
 
     Source: BSN, sections 2 and 3.2, Algorithm 1.
     """
@@ -98,6 +112,7 @@ class SuperNetwork(nn.Module):
         options: Mapping[str, Any] | None = None,
         architectures: Mapping[str, Sequence[str]] | None = None,
         start: float = 3.0,
+        pairs: bool = False,
     ) -> None:
         super().__init__()
         given = {node.name: node for node in nodes}
@@ -106,8 +121,8 @@ class SuperNetwork(nn.Module):
         # nodes are numbered in the order in which edges and then `nodes` name them
         names = list(dict.fromkeys([source, *(end for edge in edges for end in (edge.start, edge.end)), sink, *given]))
         index = {node: place for place, node in enumerate(names)}
-        pairs = tuple((index[edge.start], index[edge.end]) for edge in edges)
-        self.graph = Graph(tuple(names), pairs, index[source], index[sink])
+        ends = tuple((index[edge.start], index[edge.end]) for edge in edges)
+        self.graph = Graph(tuple(names), ends, index[source], index[sink])
         self.name, self.options = name, dict(options or {})
         self.edge_names = tuple(edge.name or f"{edge.start}>{edge.end}" for edge in edges)
         if len(set(self.edge_names)) < len(edges):
@@ -127,11 +142,34 @@ class SuperNetwork(nn.Module):
             for place, node in enumerate(known)
         )
         self.positions = positions(self.graph, known)
-        self.columns = tuple(place for place, edge in enumerate(edges) if not edge.fixed)
-        """The G edges that are choices: column g of `kept` is edge `columns[g]`."""
-        self.gates = Gates(len(self.columns), start=start)
         self.input_shape = tuple(input_shape)
         self.shapes = self._shapes()
+        self.fixed = tuple(edge.fixed for edge in edges)
+        self.exits = tuple(place for place, edge in enumerate(edges) if edge.exit)
+        self.visits = self._visits()
+        """The edges in the order in which they are run."""
+        self.sites = tuple(self._sites())
+        self.units = len(edges) + sum(site.groups for site in self.sites)
+        """Edges and channel groups together, U."""
+        conditional = [edge for edge in self.visits if edges[edge].gate is not None]
+        self.gate_of, self.independent = self._columns(set(conditional))
+        """For each of the U units the column of its gate, None where it is always kept."""
+        self.gate_count = 1 + max((column for column in self.gate_of if column is not None), default=-1)
+        """Gates, G."""
+        self._gated = [unit for unit, column in enumerate(self.gate_of) if column is not None]
+        self._owners = [column for column in self.gate_of if column is not None]
+        self._shared = [column for column, count in Counter(self._owners).items() if count > 1]
+        self.gates = Gates(self.independent, start=start, pairs=pairs)
+        self.heads = nn.ModuleDict()
+        for edge in conditional:
+            gate, count = edges[edge].gate, len(self.own_columns(edge))
+            if count == 0:
+                raise GraphError(f"{self.edge_names[edge]!r} has a gate that decides nothing: it has no choice")
+            assert gate is not None
+            self.heads[str(edge)] = gate(self.shapes[self.graph.edges[edge][0]][0], count)
+        self._check_exits()
+        self.behind = {edge: self._behind(edge) for edge in self.exits}
+        """For each exit the edges that what takes it does not pass along; a node's exits have an order."""
         self._named = {key: self._bits(key, keeps) for key, keeps in (architectures or {}).items()}
 
     def forward(self, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
@@ -140,41 +178,174 @@ class SuperNetwork(nn.Module):
         Args:
             x: `(B, C, H, W)` examples.
             policy: decides K architectures, 1 <= K <= B; each serves a contiguous slice of the
-                batch, the first B mod K slices one example longer.
+                batch, the first B mod K slices one example longer. Where gates look at the input each
+                example has its own, K = B.
 
         Returns:
             The output, `(B, ...)`, and `kept`, `(K, G)`.
         """
-        kept = policy(self.gates.logits, slice(0, len(self.columns)))
+        if isinstance(policy, AlwaysOn):
+            policy = full(self)  # which takes no exit
+        if self.heads and not policy.blind:
+            return self.masked(x, policy)
+        logits = self.gates.logits
+        if self.heads:
+            logits = logits.new_zeros(self.gate_count)
+        kept = policy(logits, slice(0, self.gate_count))
+        if kept.requires_grad:
+            return self.masked(x, Fixed(kept))
         return self.run(x, self.used(kept)), kept
 
-    def edges(self, kept: Tensor) -> Tensor:
-        """`(K, G)` decisions to `(K, E)` edges: the fixed ones are always kept."""
-        if kept.ndim != 2 or kept.shape[1] != len(self.columns):
-            raise ConfigError(f"an architecture of {self.name} is (K, {len(self.columns)}), got {tuple(kept.shape)}")
-        whole = kept.new_ones(len(kept), len(self.graph.edges))
-        whole[:, list(self.columns)] = kept
+    def own_columns(self, edge: int) -> list[int]:
+        """Columns of the gates on an edge and on its channels, each once."""
+        places = [edge, *(unit for site in self.sites if site.edge == edge for unit in range(*site.units))]
+        return list(dict.fromkeys(column for unit in places if (column := self.gate_of[unit]) is not None))
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The edges that have a gate of their own."""
+        return tuple(edge for edge in range(len(self.graph.edges)) if self.gate_of[edge] is not None)
+
+    def unit_names(self) -> list[str]:
+        """A name for each of the U units: "edge", "edge.site[3]"."""
+        groups = [f"{self.edge_names[site.edge]}.{site.name}[{i}]" for site in self.sites for i in range(site.groups)]
+        return [*self.edge_names, *groups]
+
+    def decisions(self, kept: Tensor) -> Tensor:
+        """`(K, G)` decisions of the gates to `(K, U)` of the units: what has no gate is kept.
+
+        Where an exit is taken no edge behind it is.
+        """
+        whole = self._placed(kept)
+        if not self.exits:
+            return whole
+        edges = len(self.graph.edges)
+        return torch.cat([both(whole[:, :edges], self._passed_by(whole)), whole[:, edges:]], dim=1)
+
+    def _placed(self, kept: Tensor) -> Tensor:
+        """`(K, G)` decisions to the `(K, U)` units they are of, whatever exits are taken."""
+        if kept.ndim != 2 or kept.shape[1] != self.gate_count:
+            raise ConfigError(f"an architecture of {self.name} is (K, {self.gate_count}), got {tuple(kept.shape)}")
+        whole = kept.new_ones(len(kept), self.units)
+        in_order = self._owners == list(range(self.gate_count))  # as where edges alone have gates: nothing to gather
+        whole[:, self._gated] = kept if in_order else kept[:, self._owners]
         return whole
 
+    def _passed_by(self, whole: Tensor) -> Tensor:
+        """Whether no exit before an edge is taken, `(K, U)` to `(K, E)`; one that is closed inside is not taken."""
+        alive = self._alive(whole)
+        passed = torch.ones_like(alive)
+        for edge, behind in self.behind.items():
+            passed[:, behind] = both(passed[:, behind], opposite(alive[:, [edge]]).expand(-1, len(behind)))
+        return passed
+
     def used(self, kept: Tensor) -> Tensor:
-        """Edges on a live path, `(K, G)` to `(K, E)`: what is computed, and what a cost is charged for."""
-        return self.graph.used(self.edges(kept))
+        """What is computed, and what a cost is charged for, `(K, G)` to `(K, U)`.
+
+        Edges: kept, on a live path, and no site of theirs closed altogether. Groups: as kept; they
+        count where their edge is used.
+        """
+        whole = self.decisions(kept)
+        live = self.graph.used(self._alive(whole))
+        return live if not self.sites else torch.cat([live, whole[:, len(self.graph.edges) :]], dim=1)
+
+    def connects(self, used: Tensor) -> Tensor:
+        """Whether `(K, U)` used units connect input and output, `(K,)` bool."""
+        return used[:, list(self.graph.incoming[self.graph.sink])].bool().any(dim=1)
+
+    def sampled(self, count: int, generator: torch.Generator) -> Tensor:
+        """`(count, G)` architectures drawn from the gates as they stand, on the CPU.
+
+        Gates that look at the input are drawn as they are on the average one.
+        """
+        return torch.bernoulli(self.probabilities().expand(count, -1), generator=generator)
+
+    def probabilities(self) -> Tensor:
+        """`(G,)` probability of each gate on the CPU; of gates that look at the input on the average one."""
+        return self.logits().sigmoid()
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """`(G,)` logits of the gates on the CPU.
+
+        Of gates that look at the input those that their heads give as `average`, 0 where they give none.
+        """
+        given = [self.gates.logits]
+        for edge, head in self.heads.items():
+            average = getattr(head, "average", None)
+            undecided = given[0].new_zeros(len(self.own_columns(int(edge))))
+            given.append(average if isinstance(average, Tensor) else undecided)
+        return torch.cat([logits.cpu() for logits in given])
 
     def relevant(self, kept: Tensor) -> Tensor:
-        """Gates whose decision was taken and could matter, `(K, G)` to `(K, G)`; see `Graph.relevant`."""
-        return self.graph.relevant(self.edges(kept))[:, list(self.columns)]
+        """Gates whose decision was taken and could matter, `(K, G)` to `(K, G)`; see `Graph.relevant`.
+
+        None depends on its own gate's decision. A gate shared by several sites counts always.
+        """
+        placed = self._placed(kept)
+        edges, groups = self._relevant(self.decisions(kept))
+        if self.exits:
+            edges = both(edges, self._passed_by(placed))
+        units = torch.cat([edges, *groups], dim=1)
+        counted = units.new_zeros(len(kept), self.gate_count)
+        counted[:, self._owners] = units[:, self._gated]
+        counted[:, self._shared] = 1
+        return counted
+
+    def pathwise(self, kept: Tensor) -> Tensor:
+        """`used` of `(K, G)` decisions that carry a gradient, `(K, U)` with a gradient to them.
+
+        The value is that of `used` where decisions are in {0, 1}; a dropped edge that could matter has a
+        gradient too, so that it can come back. What is behind an exit pulls at its gate.
+        """
+        whole = self._placed(kept)
+        bits = (whole.detach() > 0).to(whole)
+        hard, (could, _) = self.graph.used(self._alive(bits)), self._relevant(bits)
+        edges = len(self.graph.edges)
+        own = whole[:, :edges]
+        live = hard * own + (could - hard) * (own - own.detach())
+        if self.exits:
+            live = live * self._passed_by(whole)
+        return torch.cat([live, whole[:, edges:]], dim=1)
+
+    def of_edges(self, edges: Collection[int]) -> Tensor:
+        """The smallest architecture that keeps just these edges of those that can be dropped, `(1, G)`.
+
+        On each of them the smallest group of each site that would be closed altogether is open. An edge without
+        a gate of its own is dropped by closing a site of it, where one can be.
+        """
+        kept = torch.zeros(1, self.gate_count)
+        for unit in edges:
+            if (column := self.gate_of[unit]) is not None:
+                kept[0, column] = 1
+        for site in self.sites:
+            columns = [column for unit in range(*site.units) if (column := self.gate_of[unit]) is not None]
+            if site.edge in edges and not site.always_open and not bool(kept[0, columns].any()):
+                kept[0, columns[site.sizes.index(min(site.sizes))]] = 1
+        return kept
 
     def architecture(self, name: str) -> Tensor:
-        """The named sub-network as `(1, G)` bits: "full", or one of this space's own.
+        """The named sub-network as `(1, G)` bits: "full", with all but exits, or one of this space's own.
 
         Raises:
             ConfigError: there is no such name.
         """
         if name == "full":
-            return torch.ones(1, len(self.columns))
+            kept = torch.ones(1, self.gate_count)
+            kept[:, [column for edge in self.exits if (column := self.gate_of[edge]) is not None]] = 0
+            return kept
         if name not in self._named:
             raise ConfigError(f"architectures of {self.name} are {', '.join(self.architecture_names)}, got {name!r}")
         return self._named[name].clone()
+
+    def ways(self) -> Tensor:
+        """Everything kept, once for each exit in order and once past all of them, `(exits + 1, G)`."""
+        kept = self.architecture("full").repeat(len(self.exits) + 1, 1)
+        for place, edge in enumerate(edge for edge in self.visits if edge in self.exits):
+            column = self.gate_of[edge]
+            assert column is not None
+            kept[place, column] = 1
+        return kept
 
     @property
     def architecture_names(self) -> tuple[str, ...]:
@@ -189,7 +360,7 @@ class SuperNetwork(nn.Module):
 
         Args:
             x: `(B, C, H, W)`.
-            used: `(K, E)` edges on live paths, as `used` gives them.
+            used: `(K, U)`, as `used` gives them.
 
         Returns:
             `(B, ...)`; zeros for architectures that do not connect.
@@ -199,14 +370,16 @@ class SuperNetwork(nn.Module):
             raise ConfigError(f"{architectures} architectures need at least as many examples, got {len(x)}")
         sizes = [len(x) // architectures + (k < len(x) % architectures) for k in range(architectures)]
         table = used.detach().to("cpu", torch.bool)
-        users = [tuple(table[:, edge].nonzero().flatten().tolist()) for edge in range(table.shape[1])]
+        users = [tuple(table[:, edge].nonzero().flatten().tolist()) for edge in range(len(self.graph.edges))]
         values: dict[int, Rows] = {self.graph.source: Rows(x, tuple(range(architectures)), sizes)}
         for node in self.graph.order:
             parts = []
             for edge in self.graph.incoming[node]:
                 if users[edge]:
                     value = values[self.graph.edges[edge][0]].take(users[edge])
-                    parts.append(Rows(self._module(edge, value), users[edge], sizes))
+                    groups = self.groups_of(edge, table)[list(users[edge])]
+                    lengths = [sizes[owner] for owner in users[edge]]
+                    parts.append(Rows(self._module(edge, value, groups, lengths), users[edge], sizes))
             if parts:
                 total = Rows.sum(parts, sizes)
                 values[node] = Rows(self.activations[node](total.whole), total.owners, sizes)
@@ -214,13 +387,209 @@ class SuperNetwork(nn.Module):
             return x.new_zeros(len(x), *self.shapes[self.graph.sink])
         return values[self.graph.sink].spread(architectures)
 
-    def _module(self, edge: int, value: Tensor) -> Tensor:
+    def masked(self, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
+        """The forward pass in which everything is computed and multiplied by its gate, with a gradient to it.
+
+        Gates that look at the input decide when their edge is run, for each example.
+
+        Args:
+            x: `(B, C, H, W)`.
+            policy: decides; its decisions may carry a gradient.
+
+        Returns:
+            The output, `(B, ...)`, as `run` gives it for the same decisions, and `kept`, `(K, G)`.
+        """
+        alone = self.training and len(x) < 2  # as in `run`: one row has no batch statistics
+        with evaluating(self) if alone else nullcontext():
+            return self._masked(x, policy)
+
+    def _masked(self, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
+        shared = policy(self.gates.logits, slice(0, self.independent))
+        if self.heads:
+            shared = spread(shared, len(x))
+        undecided = shared.new_ones(len(shared), self.gate_count - self.independent)
+        whole = self._placed(torch.cat([shared, undecided], dim=1))
+        pieces, position = [shared], self.independent
+        values: dict[int, Tensor] = {self.graph.source: x}
+        reached: dict[int, Tensor] = {self.graph.source: whole.new_ones(len(whole))}
+        through = whole.new_ones(len(whole))  # what no exit has taken yet
+        waiting = [len(entering) for entering in self.graph.incoming]
+        for edge in self.visits:
+            start, end = self.graph.edges[edge]
+            own, groups = whole[:, edge], self.groups_of(edge, whole)
+            if str(edge) in self.heads:
+                count = len(self.own_columns(edge))
+                decided = policy(self.heads[str(edge)](values[start]), slice(position, position + count))
+                decided = spread(decided, len(x))
+                position += count
+                pieces.append(decided)
+                own, groups = self._decided(edge, decided, own, groups)
+            own = own * reached[start] * self._sites_alive(edge, groups.detach())
+            if edge in self.exits:
+                own, through = own * through, through * (1 - own)
+            elif end == self.graph.sink and self.exits:
+                own = own * through
+            module = self.modules_on_edges[edge]
+            if isinstance(module, GatedSequential):
+                value = module.masked(values[start], spread(groups, len(x)))
+            else:
+                value = module(values[start])
+            if own.requires_grad or not bool((own == 1).all()):
+                mask = spread(own[:, None], len(x))
+                value = value * mask.reshape(len(x), *[1] * (value.ndim - 1)).to(value.dtype)
+            values[end] = value if end not in values else values[end] + value
+            reached[end] = torch.maximum(reached.get(end, torch.zeros_like(own)), (own.detach() > 0).to(own))
+            waiting[end] -= 1
+            if not waiting[end]:
+                values[end] = self.activations[end](values[end])
+        output, connected = values[self.graph.sink], reached[self.graph.sink]
+        if not bool(connected.all()):  # an empty sum is 0, whatever an activation makes of it
+            output = output * spread(connected, len(x)).reshape(len(x), *[1] * (output.ndim - 1)).to(output.dtype)
+        return output, torch.cat(pieces, dim=1)
+
+    def groups_of(self, edge: int, whole: Tensor) -> Tensor:
+        """The columns of an edge's channel groups in `(K, U)`, `(K, groups)`."""
+        own = [site.units for site in self.sites if site.edge == edge]
+        return whole[:, own[0][0] : own[-1][1]] if own else whole[:, :0]
+
+    def _decided(self, edge: int, decided: Tensor, own: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts `(B, n)` conditional decisions of an edge's gates where they belong."""
+        columns: dict[int | None, int] = {column: place for place, column in enumerate(self.own_columns(edge))}
+        if (column := self.gate_of[edge]) is not None:
+            own = decided[:, columns[column]]
+        if groups.shape[1]:
+            first = next(site.units[0] for site in self.sites if site.edge == edge)
+            units = self.gate_of[first : first + groups.shape[1]]
+            open_always = torch.ones_like(decided[:, :1])
+            table = torch.cat([decided, open_always], dim=1)
+            groups = table[:, [columns.get(column, len(columns)) for column in units]]
+        return own, groups
+
+    def _sites_alive(self, edge: int, groups: Tensor) -> Tensor:
+        """Whether each site of an edge has an open group, `(K, groups)` to `(K,)`, 1 where there is no site."""
+        alive = groups.new_ones(len(groups))
         module = self.modules_on_edges[edge]
-        if module.training and len(value) < 2:  # one row has no batch statistics: use the running ones
-            with evaluating(module):
+        if isinstance(module, GatedSequential):
+            for bits in module.split(groups):
+                alive = alive * (bits > 0).any(dim=1).to(alive)
+        return alive
+
+    def _alive(self, whole: Tensor) -> Tensor:
+        """Kept edges none of whose sites is closed altogether, `(K, U)` to `(K, E)`."""
+        edges = whole[:, : len(self.graph.edges)]
+        if not self.sites:
+            return edges
+        closed = self._closed(whole)
+        alive = edges.clone()
+        for place, site in enumerate(self.sites):
+            alive[:, site.edge] = both(alive[:, site.edge], (~closed[:, place]).to(whole.dtype))
+        return alive
+
+    def _closed(self, whole: Tensor) -> Tensor:
+        """Whether each site is closed altogether, `(K, U)` to `(K, sites)` bool."""
+        return torch.stack([~(whole[:, slice(*site.units)] > 0).any(dim=1) for site in self.sites], dim=1)
+
+    def _relevant(self, whole: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Whether each unit could matter, given all others: of the edges `(K, E)`, of each site `(K, groups)`."""
+        could = self.graph.relevant(self._alive(whole))
+        if not self.sites:
+            return could, []
+        closed = self._closed(whole)
+        dead = closed.new_zeros(len(whole), len(self.graph.edges), dtype=torch.int64)
+        for place, site in enumerate(self.sites):
+            dead[:, site.edge] += closed[:, place]
+        groups = []
+        for place, site in enumerate(self.sites):
+            others = (dead[:, site.edge] - closed[:, place].long() == 0).to(whole.dtype)
+            matters = both(both(could[:, site.edge], whole[:, site.edge]), others)
+            groups.append(matters[:, None].expand(-1, site.groups))
+        return both(could, (dead == 0).to(whole.dtype)), groups
+
+    def _visits(self) -> tuple[int, ...]:
+        place = {node: index for index, node in enumerate(self.graph.order)}
+
+        def turn(edge: int) -> tuple[int, int]:
+            """At the sink exits come in their order, each before what passes it."""
+            return (place[self.graph.edges[edge][0]], edge not in self.exits) if self.exits else (0, 0)
+
+        return tuple(edge for node in self.graph.order for edge in sorted(self.graph.incoming[node], key=turn))
+
+    def _sites(self) -> Iterator[Site]:
+        first = len(self.graph.edges)
+        for edge, module in enumerate(self.modules_on_edges):
+            if isinstance(module, GatedSequential):
+                for gate in module.sites:
+                    yield Site(
+                        edge, gate.name, (first, first + gate.groups), gate.always_open, tuple(gate.sizes), gate.lock
+                    )
+                    first += gate.groups
+
+    def _columns(self, conditional: set[int]) -> tuple[tuple[int | None, ...], int]:
+        columns: list[int | None] = [None] * self.units
+        count = 0
+        for edge in range(len(self.graph.edges)):
+            if not self.fixed[edge] and edge not in conditional:
+                columns[edge], count = count, count + 1
+        locked: dict[tuple[str, int], int] = {}
+        for site in self.sites:
+            if site.edge in conditional:
+                if site.lock is not None:
+                    raise GraphError(f"gates that look at the input cannot be locked, got {site.lock!r}")
+                continue
+            for place, unit in enumerate(range(*site.units)):
+                if place < site.always_open:
+                    continue
+                column = count if site.lock is None else locked.setdefault((site.lock, place), count)
+                columns[unit], count = column, max(count, column + 1)
+        independent = count
+        for edge in self.visits:
+            if edge in conditional:
+                units = [edge] if not self.fixed[edge] else []
+                for site in self.sites:
+                    if site.edge == edge:
+                        units += range(site.units[0] + site.always_open, site.units[1])
+                for unit in units:
+                    columns[unit], count = count, count + 1
+        return tuple(columns), independent
+
+    def _behind(self, exit: int) -> list[int]:
+        start = self.graph.edges[exit][0]
+        before = {other for other in self.exits if self.graph.edges[other][0] == start and other <= exit}
+        return self._passed(start, without=before)
+
+    def _passed(self, start: int, without: Collection[int]) -> list[int]:
+        """The edges on all paths from a node that avoid some edges."""
+        reached, passed = {start}, []
+        for node in self.graph.order:
+            if node in reached:
+                leaving = [edge for edge in self.graph.outgoing[node] if edge not in without]
+                reached |= {self.graph.edges[edge][1] for edge in leaving}
+                passed += leaving
+        return passed
+
+    def _check_exits(self) -> None:
+        for edge in self.exits:
+            name, (start, end) = self.edge_names[edge], self.graph.edges[edge]
+            if end != self.graph.sink:
+                raise GraphError(f"an exit must lead to the output, got {name!r}")
+            if self.gate_of[edge] is None:
+                raise GraphError(f"an exit must be a choice, got {name!r}, which is fixed")
+            beside = self._passed(self.graph.source, without={*self.graph.outgoing[start], *self.exits})
+            if any(self.graph.edges[other][1] == self.graph.sink for other in beside):
+                raise GraphError(f"an exit must leave a node that every path passes, got {name!r}")
+
+    def _module(self, edge: int, value: Tensor, groups: Tensor, lengths: list[int]) -> Tensor:
+        """Runs an edge's module on the rows of its users, whose `(K, groups)` channel groups are given."""
+        module = self.modules_on_edges[edge]
+        alone = module.training and len(value) < 2  # one row has no batch statistics: use the running ones
+        with evaluating(module) if alone else nullcontext():
+            if not isinstance(module, GatedSequential):
                 output: Tensor = module(value)
-        else:
-            output = module(value)
+            elif bool((groups == groups[:1]).all()):
+                output = module.cut(value, groups[0].to(value.device, torch.float32))
+            else:
+                rows = groups.repeat_interleave(torch.tensor(lengths), dim=0)
+                output = module.masked(value, rows.to(value.device, value.dtype))
         return output
 
     def _shapes(self) -> tuple[Shape, ...]:
@@ -245,7 +614,37 @@ class SuperNetwork(nn.Module):
         unknown = set(keeps) - set(self.edge_names)
         if unknown:
             raise GraphError(f"architecture {name!r} keeps {sorted(unknown)[0]!r}, which is no edge")
-        return torch.tensor([[float(self.edge_names[edge] in keeps) for edge in self.columns]])
+        kept = torch.ones(1, self.gate_count, device="cpu")  # also where the network is built elsewhere
+        for edge, column in enumerate(self.gate_of[: len(self.graph.edges)]):
+            if column is not None:
+                kept[0, column] = float(self.edge_names[edge] in keeps)
+        return kept
+
+
+@dataclass(frozen=True)
+class Site:
+    """A channel gate's place among the units of a network.
+
+    Attributes:
+        edge: whose module it is in.
+        name: of the gate.
+        units: first unit and the one behind the last.
+        always_open: groups, the first ones, that are always kept.
+        sizes: channels of each group.
+        lock: name of the gates it shares, None for its own.
+    """
+
+    edge: int
+    name: str
+    units: tuple[int, int]
+    always_open: int
+    sizes: tuple[int, ...]
+    lock: str | None
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return self.units[1] - self.units[0]
 
 
 class Rows:
@@ -304,6 +703,18 @@ class Rows:
                 for k in range(architectures)
             ]
         )
+
+
+def spread(values: Tensor, examples: int) -> Tensor:
+    """`(K, ...)` of architectures to `(B, ...)` of the examples they serve, in contiguous slices."""
+    if len(values) == examples:
+        return values
+    if len(values) == 1:
+        return values.expand(examples, *values.shape[1:])
+    if len(values) > examples:
+        raise ConfigError(f"{len(values)} architectures need at least as many examples, got {examples}")
+    sizes = [examples // len(values) + (k < examples % len(values)) for k in range(len(values))]
+    return values.repeat_interleave(torch.tensor(sizes, device=values.device), dim=0)
 
 
 def full(network: SuperNetwork) -> Fixed:

@@ -87,7 +87,7 @@ def stir(network: SuperNetwork, seed: int) -> SuperNetwork:
 
     with torch.no_grad():
         for name, value in network.named_parameters():
-            if name != "gates.logits":
+            if name != "gates.values":
                 value.copy_(normal(value.shape) / max(1, value[0].numel()) ** 0.5)
         for part in network.modules():
             if isinstance(part, nn.BatchNorm2d):
@@ -115,10 +115,10 @@ def exact(network: SuperNetwork, seed: int) -> SuperNetwork:
 def connected(network: SuperNetwork, count: int, seed: int, probability: float = 0.6) -> Tensor:
     """`(count, G)` random architectures that connect input and output."""
     generator = torch.Generator().manual_seed(seed)
-    found = torch.zeros(0, len(network.columns))
+    found = torch.zeros(0, network.gate_count)
     for _ in range(200):
-        drawn = torch.bernoulli(torch.full((16 * count, len(network.columns)), probability), generator=generator)
-        found = torch.cat([found, drawn[network.used(drawn).any(dim=1)]])
+        drawn = torch.bernoulli(torch.full((16 * count, network.gate_count), probability), generator=generator)
+        found = torch.cat([found, drawn[network.connects(network.used(drawn))]])
         if len(found) >= count:
             return found[:count]
     raise AssertionError("no such architecture was drawn")

@@ -83,8 +83,8 @@ def test_limits_that_are_no_number_above_zero(given):
         ("macs", "a budget reads COST<=LIMIT or COST~=LIMIT, such as macs<=25%, got 'macs'"),
         ("macs<25%", "a budget reads"),
         ("<=5", "a budget reads"),
-        ("watts<=5", "costs are macs, params, steps .*, got 'watts'"),
-        ("params:2<=5", "params takes no option, got 'params:2'"),
+        ("watts<=5", "costs are macs, params, steps, activation, layers .*, got 'watts'"),
+        ("layers:2<=5", "layers takes no option, got 'layers:2'"),
         ("steps[cores=2]<=5", "steps has the options workers, got 'cores'"),
         ("steps[workers=two]<=5", "workers must be a whole number, got 'two'"),
         ("steps:0<=5", "workers must be >= 1, got 0"),
@@ -120,10 +120,10 @@ def test_an_upper_limit_is_met_up_to_itself_and_a_target_within_its_tolerance():
 
 def test_what_can_be_reached_is_told_before_training():
     """The smallest by enumeration; the expected cost within 4 standard errors of 1,024 samples."""
-    used = NETWORK.used(every(len(NETWORK.columns)))
+    used = NETWORK.used(every(NETWORK.gate_count))
     costs = MACs().bind(NETWORK)(used)
     probability = NETWORK.gates.logits.detach().double().sigmoid()
-    bits = every(len(NETWORK.columns), torch.float64)
+    bits = every(NETWORK.gate_count, torch.float64)
     weight = (bits * probability + (1 - bits) * (1 - probability)).prod(dim=1)
     mean, square = float(weight @ costs), float(weight @ costs**2)
     budgets = [Budget.parse(text).bind(NETWORK) for text in ("macs<=50%", "steps:2~=9")]
@@ -135,7 +135,7 @@ def test_what_can_be_reached_is_told_before_training():
 
 
 def test_limits_out_of_reach_say_what_binds():
-    used = NETWORK.used(every(len(NETWORK.columns)))
+    used = NETWORK.used(every(NETWORK.gate_count))
     costs = MACs().bind(NETWORK)(used)
     smallest = float(costs[used.any(dim=1)].min())
     check_reachable(NETWORK, [Budget(MACs(), at_most=smallest).bind(NETWORK)])
@@ -167,7 +167,7 @@ def test_any_callable_is_a_cost():
     assert bound.full == len(NETWORK.graph.edges)
     assert bound.limit == bound.full / 2
     [row] = check_reachable(NETWORK, [bound])
-    used = NETWORK.used(every(len(NETWORK.columns))).sum(dim=1)
+    used = NETWORK.used(every(NETWORK.gate_count)).sum(dim=1)
     assert row["smallest"] == float(used[used > 0].min())
     with pytest.raises(UnreachableBudget, match=r"its 4 modules are the shortest path"):
         check_reachable(NETWORK, [Budget(Modules(), at_most=3).bind(NETWORK)])

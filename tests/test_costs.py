@@ -67,7 +67,7 @@ def test_macs_and_params_are_those_counted_on_the_extracted_network(network: Sup
 @given(graphs(nodes=5, extra=4), st.integers(0, 2**16))
 def test_costs_of_many_architectures_are_the_costs_of_each(graph: Graph, seed: int):
     network = network_on(graph, seed=seed)
-    used = network.used(every(len(network.columns))[:64])
+    used = network.used(every(network.gate_count)[:64])
     for cost in (MACs(), Params(), Steps(1), Steps(2)):
         model = cost.bind(network)
         assert model(used).tolist() == [float(model(row[None])) for row in used]
@@ -109,7 +109,7 @@ def test_activations_with_weights_are_paid_for():
 
 def test_what_is_not_used_costs_nothing():
     for network in FABRICS.values():
-        used = network.used(torch.zeros(1, len(network.columns)))
+        used = network.used(torch.zeros(1, network.gate_count))
         for cost in (MACs(), MACs("paper"), Params(), Steps(1), Steps(3)):
             assert cost.bind(network)(used).item() == 0
 
@@ -189,7 +189,7 @@ def simulated(network: SuperNetwork, used: list[bool], workers: int) -> int:
 @given(st.integers(0, 2**16), st.integers(1, 5), st.floats(0.3, 1))
 def test_steps_are_those_of_a_simulation(network: SuperNetwork, seed: int, workers: int, probability: float):
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.bernoulli(torch.full((3, len(network.columns)), probability), generator=generator)
+    kept = torch.bernoulli(torch.full((3, network.gate_count), probability), generator=generator)
     used = network.used(torch.cat([kept, connected(network, 1, seed)]))
     expected = [simulated(network, row, workers) for row in used.bool().tolist()]
     assert Steps(workers).bind(network)(used).tolist() == expected
@@ -306,7 +306,7 @@ TINY = {
 @pytest.mark.parametrize("cost", [MACs(), MACs("paper"), Params(), Steps(1), Steps(2)], ids=str)
 def test_the_cheapest_path_is_the_cheapest_of_all_architectures(network: SuperNetwork, cost):
     bound = Budget(cost, at_most=1e12).bind(network)
-    used = network.used(every(len(network.columns)))
+    used = network.used(every(network.gate_count))
     costs = bound.model(used)
     cheapest = network.used(bound.cheapest(network))
     assert bool(cheapest.any())
@@ -318,7 +318,7 @@ def test_the_cheapest_path_is_the_cheapest_of_all_architectures(network: SuperNe
 @given(graphs(nodes=5, extra=3), st.integers(0, 2**16))
 def test_the_cheapest_path_of_own_networks_is_the_cheapest(graph: Graph, seed: int):
     network = network_on(graph, seed=seed)
-    used = network.used(every(len(network.columns)))
+    used = network.used(every(network.gate_count))
     for cost in (MACs(), Params(), Steps(2)):
         bound = Budget(cost, at_most=1).bind(network)
         found = float(bound.model(network.used(bound.cheapest(network))))

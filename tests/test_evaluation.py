@@ -77,7 +77,7 @@ def test_a_disconnected_architecture_is_undecided():
     """Its zeros are equally likely classes: a loss of ln 4."""
     network = network_on(random_graph(0, nodes=4, extra=1))
     examples = [(torch.randn(4, *network.input_shape), torch.tensor([0, 1, 2, 3]))]
-    nothing = Fixed(torch.zeros(1, len(network.columns)))
+    nothing = Fixed(torch.zeros(1, network.gate_count))
     quality = evaluate(lambda x: network(x, nothing)[0], examples, classes=4)
     assert quality == {"loss": pytest.approx(math.log(4)), "accuracy": 0.25}
 

@@ -112,10 +112,10 @@ def test_a_batch_norm_that_follows_no_convolution_stays():
 @pytest.mark.parametrize("kept", ["nothing", "cut"])
 def test_what_connects_nothing_cannot_be_extracted(kept: str):
     network = SPACES["conv"]
-    bits = torch.zeros(1, len(network.columns))
+    bits = torch.zeros(1, network.gate_count)
     if kept == "cut":  # all but the last column's entries
         bits = torch.tensor(
-            [[float(not network.edge_names[edge].endswith(("l2.s0", "l2.s1", "l2.s2"))) for edge in network.columns]]
+            [[float(not network.edge_names[edge].endswith(("l2.s0", "l2.s1", "l2.s2"))) for edge in network.choices]]
         )
     with pytest.raises(ConfigError, match="must connect input and output, got one that does not"):
         extract(network, bits)

@@ -29,7 +29,7 @@ def trained_on_all(space: bn.SuperNetwork, x: torch.Tensor, y: torch.Tensor, see
     generator = torch.Generator().manual_seed(seed)
     for _ in range(300):
         rows = torch.randint(len(x), (128,), generator=generator)
-        kept = torch.bernoulli(torch.full((8, len(space.columns)), 0.6), generator=generator)
+        kept = torch.bernoulli(torch.full((8, space.gate_count), 0.6), generator=generator)
         loss = example_losses(space.run(x[rows], space.used(kept)), y[rows], None).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -40,7 +40,7 @@ def trained_on_all(space: bn.SuperNetwork, x: torch.Tensor, y: torch.Tensor, see
 @torch.no_grad()
 def every_score(space: bn.SuperNetwork, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """All `(2^G, G)` architectures and the mean loss of each over all examples, `(2^G,)`."""
-    every = torch.tensor(list(product([0.0, 1.0], repeat=len(space.columns))))
+    every = torch.tensor(list(product([0.0, 1.0], repeat=space.gate_count)))
     used = space.used(every)
     known: dict[tuple[float, ...], float] = {}
     for row in used:

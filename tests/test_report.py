@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from budgetnet.architectures import describe
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.report import write
+from budgetnet.report.architecture import Architecture
 from budgetnet.report.figures import comparison
-from budgetnet.report.quantities import SPACE, apart, duration, percent, shape, si
+from budgetnet.report.quantities import MISSING, SPACE, apart, duration, exact, percent, shape, si
+from budgetnet.report.records import Record
 from budgetnet.report.run import Run
+from budgetnet.session import Session
+from budgetnet.spaces import resnet
+from budgetnet.training import Sums
 
 FULL, LIMIT, VALUE = 40.9e6, 10.2e6, 9.8e6
 
@@ -42,12 +49,59 @@ def fabric(width: int = 4, depth: int = 3, mark: str = "") -> dict[str, Any]:
         edges += [edge(here - depth, here, "block", **kept), edge(here - depth, here, "identity", **kept)]
         edges += [edge(here - depth + row - 1, here + row, "down") for row in range(1, depth)]
     edges[-1] |= {"kept": True, "probability": 0.6}  # but not used
-    return {"space": {"name": "fabric", "options": {}}, "nodes": nodes, "edges": edges}
+    return {"space": {"name": "fabric", "options": {}}, "nodes": nodes, "edges": edges, "sites": []}
 
 
-def epochs(count: int = 9) -> list[dict[str, Any]]:
+def gated() -> dict[str, Any]:
+    """Four blocks in a row, two of which can be dropped; the last one is, and the first has no sites."""
+    nodes = [{"name": f"n{place}", "position": [place, 0], "shape": [8, 4, 4]} for place in range(5)]
+    blocks = [(True, True, None), (True, True, None), (False, True, 0.95), (False, False, 0.05)]
+    edges = [
+        {"name": f"b{place}", "source": place, "target": place + 1, "kind": "block", "fixed": fixed, "kept": used,
+         "used": used, "probability": probability, "costs": {"macs": 1000}}
+        for place, (fixed, used, probability) in enumerate(blocks)
+    ]  # fmt: skip
+    sites = [
+        ("b1", "inner", [16] * 4, [True, False, False, False], [0.951, 0.049, 0.5, 0.02]),
+        ("b1", "output", [3, 1], [True, True], [None, 0.949]),
+        ("b2", "input", [2, 2], [True, False], [1, 0]),
+        ("b2", "inner", [8], [True], [0.99]),
+        ("b3", "inner", [8, 8], [True, True], [0.3, 0.7]),
+    ]
+    keys = ("edge", "name", "channels", "kept", "probability")
+    listed = [dict(zip(keys, site, strict=True)) for site in sites]
+    return {"space": {"name": "gated", "options": {}}, "nodes": nodes, "edges": edges, "sites": listed}
+
+
+GATED = ["b1.inner", "b1.output", "b2", "b2.input", "b2.inner", "b3", "b3.inner"]
+"""What can be closed in `gated`, in the network's order."""
+
+INFERENCE = {
+    "policy": "threshold",
+    "tau": 0.625,
+    "curve": [
+        {"tau": tau, "accuracy": accuracy, "costs": {"macs": cost, "params": 10}}
+        for tau, accuracy, cost in [(0.9, 0.5, 2e6), (0.5, 0.98, 12e6), (0.1, 0.97, 20e6)]
+    ],
+    "exits": [
+        {"name": "first", "share": 0.25, "accuracy_all": 0.8125, "accuracy_chosen": 0.964},
+        {"name": "second", "share": 0.0, "accuracy_all": 0.9, "accuracy_chosen": None},
+        {"name": "end", "share": 0.75, "accuracy_all": 0.942, "accuracy_chosen": 0.925},
+    ],
+    "test_costs": {"macs": 9.7e6},
+}
+
+
+def rates(names: list[str], epoch: int) -> dict[str, float]:
+    """An activation of each, different in every epoch."""
+    return {name: (place + epoch / 10) / len(names) for place, name in enumerate(names)}
+
+
+def epochs(count: int = 9, gates: list[str] | None = None) -> list[dict[str, Any]]:
     """Three epochs of each phase."""
     lines = []
+    if gates is None:
+        gates = [edge["name"] for edge in fabric()["edges"] if not edge["fixed"]]
     for epoch in range(count):
         phase = ("warmup", "search", "finetune")[min(epoch // 3, 2)]
         searching = phase == "search"
@@ -58,7 +112,8 @@ def epochs(count: int = 9) -> list[dict[str, Any]]:
             {"epoch": epoch, "phase": phase, "step": 12 * epoch, "images_seen": 1437 * (epoch + 1),
              "seconds": 3.2 * epoch, "learning_rate": 0.1, "train": {"loss": 2 / (1 + epoch), "accuracy": 0.9},
              "validation": {"loss": 0.4, "accuracy": 0.961} if epoch % 2 == 0 else None,
-             "entropy": 0.3 if searching else None, "connected": 0.98 if searching else None, "budgets": [cost]}
+             "entropy": 0.3 if searching else None, "connected": 0.98 if searching else None, "budgets": [cost],
+             "activation": rates(gates, epoch) if searching else None}
         )  # fmt: skip
     return lines
 
@@ -85,13 +140,28 @@ def folder(path: Path, *, value: float = VALUE, finished: bool = True, mark: str
         "candidates": [{"costs": {"macs": value}, "validation": {"accuracy": 0.979}, "chosen": True},
                        {"costs": {"macs": 9e6}, "validation": {"accuracy": 0.97}, "chosen": False}], **result,
     }  # fmt: skip
-    lines = [json.dumps(line) for line in epochs(9 if finished else 5)]
+    gates = [edge["name"] for edge in fabric(mark=mark)["edges"] if not edge["fixed"]]
+    lines = [json.dumps(line) for line in epochs(9 if finished else 5, gates)]
     (path / "options.json").write_text(json.dumps(options))
     (path / "metrics.jsonl").write_text("\n".join([*lines, '{"epoch": 9, "pha']))
     (path / "architecture.json").write_text(json.dumps(fabric(mark=mark)))
     if finished:
         (path / "result.json").write_text(json.dumps(outcome))
     return path
+
+
+def slim(path: Path, **result: Any) -> Path:
+    """A run folder of the network with gates on its channels."""
+    run = folder(path, **result)
+    (run / "architecture.json").write_text(json.dumps(gated()))
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in epochs(9, sorted(GATED))))
+    return run
+
+
+def figure(text: str, name: str) -> dict[str, Any]:
+    """A figure of a page."""
+    (source,) = re.findall(rf'data-for="run1-{name}">(.*?)</script>', text)
+    return json.loads(source)
 
 
 def page(path: Path) -> str:
@@ -201,7 +271,7 @@ def test_texts_of_a_run_folder_stay_texts(tmp_path):
     assert "&lt;script&gt;alert(1)" in text
     for broken in ("<script>alert", "<img", "<b>run", "onerror=alert(1)>"):
         assert broken not in text
-    assert len(re.findall("<script", text)) == len(re.findall("</script>", text)) == 7  # 5 figures, plotly, ours
+    assert len(re.findall("<script", text)) == len(re.findall("</script>", text)) == 9  # 7 figures, plotly, ours
     for source in re.findall(r'class="figure"[^>]*>(.*?)</script>', text):
         assert not set("<>&") & set(source)
         json.loads(source)
@@ -272,6 +342,8 @@ def test_a_report_of_several_runs_needs_a_place(tmp_path):
         ("architecture.json", "nodes.1.position", [0], '"nodes[1].position" must be 2 numbers, got 1'),
         ("architecture.json", "nodes.1.position", [0, 1e300], '"nodes[1].position" must lie within 100000'),
         ("architecture.json", "edges", {}, 'architecture.json: "edges" must be a list of objects, got {}'),
+        ("architecture.json", "sites", ..., 'architecture.json: "sites" is missing'),
+        ("architecture.json", "edges.2.probability", 1.5, '"edges[2].probability" must be a number in [0, 1], got 1.5'),
     ],
 )
 def test_a_broken_file_is_one_clear_line(tmp_path, file, edit, to, says):
@@ -307,11 +379,231 @@ def test_a_run_without_its_folder_options_or_with_a_broken_line_is_refused(tmp_p
         write(run)
 
 
+def test_an_edge_shows_how_many_of_its_channels_are_left(tmp_path):
+    run = slim(tmp_path / "run")
+    text = page(write(run))
+    titles = re.findall(r'<g class="edge (\w+)"><title>(.*?)</title>', text, re.DOTALL)
+    assert {title.split(" ")[0]: re.findall(r"\w+: \d+ of \d+ channels", title) for _, title in titles} == {
+        "b0": [],
+        "b1": ["inner: 16 of 64 channels", "output: 4 of 4 channels"],
+        "b2": ["input: 2 of 4 channels", "inner: 8 of 8 channels"],
+        "b3": ["inner: 0 of 16 channels"],  # its groups are kept, but it is not
+    }
+    drawn = {}
+    for group in re.findall(r'<g class="edge used">(.*?)</g>', text, re.DOTALL):
+        widths = dict(re.findall(r'class="(band|line)"[^>]* stroke-width="([^"]+)"', group))
+        drawn[re.findall(r"<title>(\w+)", group)[0]] = widths
+    assert drawn["b1"]["band"] == drawn["b2"]["band"]
+    assert "band" not in drawn["b0"]
+    for name, share in (("b1", 20 / 68), ("b2", 10 / 12)):
+        assert float(drawn[name]["line"]) / float(drawn[name]["band"]) == pytest.approx(share, abs=1e-3)
+    assert "those that are left, 30 of 96" in text
+
+
+def test_channels_left_are_listed_in_the_networks_order(tmp_path):
+    text = page(write(slim(tmp_path / "run")))
+    assert "30 of 96 channels at 5 places with gates are in the network (31.2 %)" in text
+    (table,) = re.findall(r'<div class="channels">(.*?)</div>', text, re.DOTALL)
+    assert re.findall(r'<th colspan="2">(\w+)</th>', table) == ["input", "inner", "output"]
+    rows = re.findall(r"<tr( class=\"dropped\")?><td>(\w+)</td>(.*?)</tr>", table)
+    assert [(name, bool(dropped)) for dropped, name, _ in rows] == [("b1", False), ("b2", False), ("b3", True)]
+    cells = [re.findall(r"(\d+) of (\d+)|<td></td><td></td>", cells) for *_, cells in rows]
+    assert cells == [
+        [("", ""), ("16", "64"), ("4", "4")],
+        [("2", "4"), ("8", "8"), ("", "")],
+        [("", ""), ("0", "16"), ("", "")],
+    ]
+    bars = re.findall(r'class="all" style="width:([\d.]+)%"><i style="width:([\d.]+)%"', table)
+    assert bars == [("100.0", "25.0"), ("100.0", "100.0"), ("100.0", "50.0"), ("12.5", "100.0"), ("25.0", "0.0")]
+
+
+def test_sites_of_many_names_are_a_row_each(tmp_path):
+    run = slim(tmp_path / "run")
+    content = json.loads((run / "architecture.json").read_text())
+    content["sites"] = [
+        {"edge": edge, "name": f"s{place}", "channels": [4], "kept": [True], "probability": [None]}
+        for edge in ("b0", "b1")
+        for place in range(6)
+    ]
+    (run / "architecture.json").write_text(json.dumps(content))
+    names = [f"{site['edge']}.{site['name']}" for site in content["sites"]]
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in epochs(9, [*names, "b2", "b3"])))
+    text = page(write(run))
+    assert re.findall(r"<tr><td>(b\d\.s\d)</td>", text) == names
+    assert text.count("<thead><tr><th>Module</th><th colspan") == 2  # side by side
+    assert "48 of 48 channels" in text
+
+
+def test_probabilities_of_all_gates_are_counted_and_the_polarised_named(tmp_path):
+    text = page(write(slim(tmp_path / "run")))
+    bars = {bar["name"]: bar["y"] for bar in figure(text, "probabilities")["data"]}
+    # 0.05 and 0.95 themselves, those of the edges, are not polarised; a group without a gate does not count
+    assert {place: count for place, count in enumerate(bars["edges"]) if count} == {1: 1, 18: 1}
+    assert {place: count for place, count in enumerate(bars["groups of channels"]) if count} == {
+        0: 3, 6: 1, 10: 1, 14: 1, 18: 1, 19: 3,
+    }  # fmt: skip
+    assert "6 of 12 gates (50 %) are polarised: open with a probability below 0.05 or above 0.95" in text
+
+
+def test_activation_over_the_epochs_is_what_the_metrics_say(tmp_path):
+    text = page(write(slim(tmp_path / "run")))
+    (cells,) = figure(text, "activation")["data"]
+    lines = [line for line in epochs(9, sorted(GATED)) if line["activation"] is not None]
+    assert cells["x"] == [line["epoch"] for line in lines] == [3, 4, 5]
+    assert cells["y"] == GATED != sorted(GATED)
+    assert cells["z"] == [[line["activation"][name] for line in lines] for name in GATED]
+    assert (cells["zmin"], cells["zmax"]) == (0, 1)
+    plain = figure(page(write(folder(tmp_path / "plain"))), "activation")["data"][0]
+    assert len(plain["y"]) == 12
+    assert plain["y"][0] == "l0.s0&gt;l1.s0:block"  # as text, not as markup
+
+
+def test_what_the_report_takes_for_gated_is_what_a_search_records():
+    """The names in architecture.json and in metrics.jsonl are made in different places."""
+    network = resnet(depth=14, channels=4, in_channels=1, image_size=8, gates="both", where="ends", granularity=2)
+    written = json.loads(json.dumps(describe(network, network.architecture("full"), [])))
+    shape = Architecture.read(Record(written, "architecture.json"))
+    sums = Sums(samples=2, opened=[1.0] * network.gate_count)
+    recorded = Session.activation(SimpleNamespace(network=network, sums=sums))  # type: ignore[arg-type]
+    assert sorted(shape.gated()) == sorted(recorded)
+    assert [(site.edge, site.name, site.all) for site in shape.sites] == [
+        (site.edge, site.name, sum(site.sizes)) for site in network.sites
+    ]
+    assert all(site.left == site.all for site in shape.sites)
+
+
+def test_thresholds_show_the_curve_the_one_in_use_and_the_limit(tmp_path):
+    text = page(write(slim(tmp_path / "run", inference=INFERENCE)))
+    assert "This network uses on average 9.8 M of at most 10.2 M MACs" in text
+    assert "A gate is open where its probability is above 0.625." in text
+    assert "9.7 M MACs" in text
+    drawn = figure(text, "thresholds")
+    lines = [line for line in drawn["data"] if line["name"] != "in use"]
+    assert [line["name"] for line in lines] == ["Accuracy", "macs (MAC)", "params"]
+    assert all(line["x"] == [0.1, 0.5, 0.625, 0.9] for line in lines)
+    assert [line["y"] for line in lines] == [
+        [0.97, 0.98, 0.979, 0.5], [20e6, 12e6, VALUE, 2e6], [10, 10, None, 10],  # at 0.625 what result.json says
+    ]  # fmt: skip
+    used = [(line["x"], line["y"]) for line in drawn["data"] if line["name"] == "in use"]
+    assert used == [([0.625], [0.979]), ([0.625], [VALUE]), ([0.625], [None])]
+    limits = [shape["y0"] for shape in drawn["layout"]["shapes"] if shape["y0"] == shape["y1"]]
+    assert limits == [LIMIT]
+
+
+def test_exits_are_a_table(tmp_path):
+    text = page(write(slim(tmp_path / "run", inference=INFERENCE)))
+    (table,) = re.findall(r'<table class="exits">(.*?)</table>', text, re.DOTALL)
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)[1:]]
+    assert rows == [
+        ["first", "25 %", "96.4 %", "81.2 %"],
+        ["second", "0 %", MISSING, "90 %"],
+        ["end", "75 %", "92.5 %", "94.2 %"],
+    ]
+
+
+def test_where_there_is_nothing_of_gates_nothing_is_shown(tmp_path):
+    def shown(text: str) -> set[str]:
+        plots = set(re.findall(r'data-for="run1-(\w+)"', text)) & {"activation", "probabilities", "thresholds"}
+        return plots | set(re.findall(r'class="(channels|exits|band|scale)"', text))
+
+    assert shown(page(write(folder(tmp_path / "plain")))) == {"activation", "scale"}
+    everything = {"activation", "scale", "probabilities", "channels", "band"}
+    assert shown(page(write(slim(tmp_path / "slim")))) == everything
+    bare = INFERENCE | {"curve": INFERENCE["curve"][:1], "exits": []}
+    assert shown(page(write(slim(tmp_path / "bare", inference=bare)))) == everything
+    assert shown(page(write(slim(tmp_path / "full", inference=INFERENCE)))) == {*everything, "thresholds", "exits"}
+    once = slim(tmp_path / "once")
+    kept = [line | {"activation": line["activation"] if line["epoch"] == 3 else None} for line in epochs(9, GATED)]
+    (once / "metrics.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    assert shown(page(write(once))) == everything - {"activation", "scale"}  # one epoch is no development
+    none = slim(tmp_path / "none")
+    for site in range(len(gated()["sites"])):
+        groups = len(gated()["sites"][site]["channels"])
+        change(none / "architecture.json", f"sites.{site}.probability", [None] * groups)
+    for edge in (2, 3):
+        change(none / "architecture.json", f"edges.{edge}.probability", None)
+    assert "probabilities" not in shown(page(write(none)))
+
+
+@pytest.mark.parametrize(
+    ("edit", "to", "says"),
+    [
+        ("sites.0.edge", "b9", """"sites[0].edge" must be the name of an edge, got 'b9'"""),
+        ("sites.0.name", 3, '"sites[0].name" must be a text, got 3'),
+        ("sites.1.name", "inner", """"sites[1].name" must be another one on 'b1', got 'inner' again"""),
+        ("sites.0.channels", [], '"sites[0].channels" must be whole numbers >= 1, got []'),
+        ("sites.0.channels.1", 0, '"sites[0].channels" must be whole numbers >= 1'),
+        ("sites.0.channels.1", 1.5, '"sites[0].channels" must be whole numbers >= 1'),
+        ("sites.0.kept", [True] * 3, '"sites[0].kept" must be 4 values, got 3'),
+        ("sites.0.kept.2", 1, '"sites[0].kept" must be true or false, got 1'),
+        ("sites.0.kept.0", False, """"sites[0].kept" must keep a channel of 'b1', which is used"""),
+        ("sites.2.probability", [0.5], '"sites[2].probability" must be 2 values, got 1'),
+        ("sites.2.probability.1", -0.1, '"sites[2].probability" must be a number in [0, 1], got -0.1'),
+        ("sites.2.probability.1", float("nan"), '"sites[2].probability" must be a number in [0, 1], got nan'),
+        ("sites.2.probability.1", "0.5", '"sites[2].probability" must be a number in [0, 1]'),
+        ("sites.4", ..., "gated edges and sites of architecture.json, 'b3.inner' is in one and not in the other"),
+        ("edges.2.fixed", True, "gated edges and sites of architecture.json, 'b2' is in one and not in the other"),
+    ],
+)
+def test_broken_sites_are_one_clear_line(tmp_path, edit, to, says):
+    run = slim(tmp_path / "run")
+    change(run / "architecture.json", edit, to)
+    with pytest.raises(FileError, match=re.escape(says)) as error:
+        write(run)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("to", "says"),
+    [
+        (..., 'metrics.jsonl, line 4: "activation" is missing'),
+        ([0.5], 'metrics.jsonl, line 4: "activation" must be an object, got [0.5]'),
+        ({"b2": 1.01}, 'metrics.jsonl, line 4: "activation.b2" must be a number in [0, 1], got 1.01'),
+        ({"b2": None}, 'metrics.jsonl, line 4: "activation.b2" must be a number in [0, 1], got None'),
+        ({"b2": 0.5}, """metrics.jsonl, epoch 3: "activation" must name the gated edges and sites of"""),
+    ],
+)
+def test_broken_activation_is_one_clear_line(tmp_path, to, says):
+    run = slim(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().split("\n")
+    line = json.loads(lines[3])
+    line = line | {"activation": to} if to is not ... else {key: line[key] for key in line if key != "activation"}
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:3], json.dumps(line), *lines[4:]]))
+    with pytest.raises(FileError, match=re.escape(says)) as error:
+        write(run)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "to", "says"),
+    [
+        ("inference", [], '"inference" must be an object, got []'),
+        ("inference.policy", ..., '"inference.policy" is missing'),
+        ("inference.tau", 1.5, '"inference.tau" must be a number in [0, 1], got 1.5'),
+        ("inference.curve", ..., '"inference.curve" is missing'),
+        ("inference.curve.1.tau", -1, '"inference.curve[1].tau" must be a number in [0, 1], got -1'),
+        ("inference.curve.1.accuracy", None, '"inference.curve[1].accuracy" must be a number in [0, 1], got None'),
+        ("inference.curve.1.costs", 3, '"inference.curve[1].costs" must be an object, got 3'),
+        ("inference.exits.0.share", 25, '"inference.exits[0].share" must be a number in [0, 1], got 25'),
+        ("inference.exits.0.accuracy_chosen", 2, '"inference.exits[0].accuracy_chosen" must be a number in [0, 1]'),
+        ("inference.exits.0.name", None, '"inference.exits[0].name" must be a text, got None'),
+        ("inference.test_costs", 3, '"inference.test_costs" must be an object, got 3'),
+    ],
+)
+def test_broken_inference_is_one_clear_line(tmp_path, edit, to, says):
+    run = slim(tmp_path / "run", inference=INFERENCE)
+    change(run / "result.json", edit, to)
+    with pytest.raises(FileError, match=re.escape(f"result.json: {says}")) as error:
+        write(run)
+    assert "\n" not in str(error.value)
+
+
 def test_numbers_are_told_apart_where_three_digits_do_not():
     assert si(9_818_112) == f"9.82{SPACE}M"
     assert si(999_999) == f"1{SPACE}M"
     assert si(0.25) == "0.25"
     assert apart(10_201_000, 10_200_000) == (f"10.201{SPACE}M", f"10.2{SPACE}M")
+    assert [exact(value) for value in (12_345, 1_136_609.36, 0.25)] == ["12,345", "1,136,609", "0.25"]
     assert percent(0.99996) == f"99.996{SPACE}%"
     assert percent(1) == f"100{SPACE}%"
     assert duration(192.4) == f"3{SPACE}min{SPACE}12{SPACE}s"

@@ -22,8 +22,8 @@ BUDGETS = ["macs<=40%", "params<=60%", "steps:2<=12", "macs:paper<=50%", "macs~=
 def learned(seed: int, network: SuperNetwork = NETWORK, scale: float = 2.0) -> SuperNetwork:
     """The network with gates as a search could have left them."""
     with torch.no_grad():
-        network.gates.logits.copy_(
-            scale * torch.randn(len(network.columns), generator=torch.Generator().manual_seed(seed))
+        network.gates.values.copy_(
+            scale * torch.randn(network.gate_count, generator=torch.Generator().manual_seed(seed))
         )
     return network
 
@@ -56,7 +56,7 @@ def test_along_the_pareto_front_quality_costs(points: list[tuple[int, int]]):
 
 
 def test_keeps_asks_for_a_connection_and_for_every_budget():
-    bits = every(len(NETWORK.columns))
+    bits = every(NETWORK.gate_count)
     used = NETWORK.used(bits)
     budgets = [Budget.parse(text).bind(NETWORK) for text in ("macs<=60%", "steps:2<=12")]
     expected = used.any(dim=1)
@@ -67,10 +67,10 @@ def test_keeps_asks_for_a_connection_and_for_every_budget():
 
 
 def test_trimming_drops_just_what_is_not_used():
-    bits = every(len(NETWORK.columns))
+    bits = every(NETWORK.gate_count)
     rest = trimmed(NETWORK, bits)
     assert torch.equal(NETWORK.used(rest), torch.where(NETWORK.used(bits).any(dim=1)[:, None], NETWORK.used(bits), 0))
-    assert torch.equal(rest, NETWORK.used(bits)[:, list(NETWORK.columns)])
+    assert torch.equal(rest, NETWORK.used(bits)[:, list(NETWORK.choices)])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -89,11 +89,11 @@ def test_candidates_keep_all_budgets_and_differ(texts: list[str], seed: int):
 def test_the_most_probable_architecture_is_the_first_candidate_where_it_fits(seed: int):
     network = learned(seed)
     with torch.no_grad():
-        network.gates.logits[:5].abs_()  # so that it connects
+        network.gates.values[:5].abs_()  # so that it connects
     mode = (network.gates.logits > 0).float()[None]
     if not network.used(mode).any():
         mode = torch.ones_like(mode)
-        network.gates.logits.data.abs_()
+        network.gates.values.data.abs_()
     budgets = [Budget.parse("macs<=100%").bind(network)]
     assert keeps(network, budgets, mode).all()
     first = probable(network, budgets, count=1, generator=generator())
@@ -107,12 +107,12 @@ def test_a_candidate_lacks_no_wanted_gate_that_fits(text: str, seed: int):
     network = learned(seed)
     budgets = [Budget.parse(text).bind(network)]
     mode = (network.gates.logits > 0).float()[None]
-    wanted = mode[0].bool() if keeps(network, budgets, mode)[0] else torch.ones(len(network.columns), dtype=torch.bool)
+    wanted = mode[0].bool() if keeps(network, budgets, mode)[0] else torch.ones(network.gate_count, dtype=torch.bool)
     for row in probable(network, budgets, count=8, generator=generator()):
         for gate in ((row == 0) & wanted).nonzero().flatten().tolist():
             more = row[None].clone()
             more[0, gate] = 1
-            useful = network.used(more)[0, network.columns[gate]] > 0
+            useful = network.used(more)[0, network.choices[gate]] > 0
             assert not (useful and keeps(network, budgets, more)[0])
 
 
@@ -135,7 +135,7 @@ def test_filling_a_cut_architecture_leaves_no_room_for_another_edge(graph, seed:
     for gate in (full[0] == 0).nonzero().flatten().tolist():
         more = full.clone()
         more[0, gate] = 1
-        grown = network.used(more)[0, network.columns[gate]] > 0
+        grown = network.used(more)[0, network.choices[gate]] > 0
         assert not (grown and keeps(network, budgets, more)[0])
 
 
@@ -144,11 +144,11 @@ def test_filling_a_cut_architecture_leaves_no_room_for_another_edge(graph, seed:
 def test_a_budget_is_kept_wherever_the_gates_stand(mode: str, text: str):
     """Also where no sample ever keeps it: an upper limit by cutting, a target by cutting from the full network."""
     network = learned(0, scale=0.1)
-    network.gates.logits.data.add_(20.0 if mode == "everything" else -20.0)
+    network.gates.values.data.add_(20.0 if mode == "everything" else -20.0)
     if mode == "a path":
-        for column, edge in enumerate(network.columns):
+        for column, edge in enumerate(network.choices):
             if network.edge_names[edge] in ("l0.s0>l1.s1", "l1.s1>l1.s2"):
-                network.gates.logits.data[column] = 20.0
+                network.gates.values.data[column] = 20.0
     budgets = [Budget.parse(text).bind(network)]
     assert keeps(network, budgets, probable(network, budgets, count=4, generator=generator())).all()
 
@@ -157,7 +157,7 @@ def test_budgets_that_cannot_be_kept_together_are_told():
     """Each can be kept alone: few parameters, but a cost that only many modules reach."""
     network = learned(0)
     few, many = (Budget.parse(text).bind(network) for text in ("params<=50%", "macs~=95%"))
-    bits = every(len(network.columns))
+    bits = every(network.gate_count)
     assert keeps(network, [few], bits).any()
     assert keeps(network, [many], bits).any()
     assert not keeps(network, [few, many], bits).any()

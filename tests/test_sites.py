@@ -12,7 +12,18 @@ from small import every
 from torch.distributions import Bernoulli
 
 from budgetnet.errors import ConfigError
-from budgetnet.sites import AlwaysOn, Fixed, Gates, Sample, Threshold, entropy, log_prob
+from budgetnet.sites import (
+    AlwaysOn,
+    ConditionalGates,
+    ExitGates,
+    Fixed,
+    Gates,
+    Gumbel,
+    Sample,
+    Threshold,
+    entropy,
+    log_prob,
+)
 
 LOGITS = torch.tensor([-2.0, 0.0, 0.7, 30.0])
 WHOLE = slice(0, 4)
@@ -112,6 +123,9 @@ def test_decisions_carry_no_gradient(policy):
     ("make", "message"),
     [
         (lambda: Sample(0), "architectures must be >= 1, got 0"),
+        (lambda: Gumbel(0), "architectures must be >= 1, got 0"),
+        (lambda: Gumbel(temperature=0), "temperature must be > 0, got 0"),
+        (lambda: Gumbel(temperature=math.nan), "temperature must be > 0, got nan"),
         (lambda: Threshold(1.1), r"tau must lie in \[0, 1\], got 1.1"),
         (lambda: Threshold(-0.1), r"tau must lie in \[0, 1\], got -0.1"),
     ],
@@ -119,3 +133,126 @@ def test_decisions_carry_no_gradient(policy):
 def test_policies_outside_their_range(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 5.0])
+def test_gumbel_decisions_are_bernoulli_variables(temperature: float):
+    """Whatever the temperature: `sigmoid((logit + noise) / T)` is over 1/2 where the logit and its noise are over 0."""
+    draws, logits = 20_000, torch.tensor([-2.0, 0.0, 0.7, 4.0])
+    kept = Gumbel(draws, temperature, generator=generator())(logits, WHOLE)
+    probability = logits.sigmoid()
+    error = (probability * (1 - probability) / draws).sqrt()
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    assert ((kept.mean(dim=0) - probability).abs() <= 4 * error).all()
+    together = float((kept[:, 1] * kept[:, 2]).mean())
+    assert together == pytest.approx(float(probability[1] * probability[2]), abs=4 * 0.5 / math.sqrt(draws))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_hard_gumbel_decisions_have_the_gradient_of_soft_ones(temperature: float):
+    """`soft = sigmoid((logit + noise) / T)` of the same noise, whose derivative is `soft (1 - soft) / T`."""
+    logits = torch.randn(5, generator=generator()).double().requires_grad_()
+    hard, soft = (Gumbel(3, temperature, way, generator(1))(logits, WHOLE) for way in (True, False))
+    assert torch.equal(hard, (soft > 0.5).double())
+    noise = torch.logit(torch.rand(3, 5, generator=generator(1)), eps=1e-7)
+    torch.testing.assert_close(soft, torch.sigmoid((logits + noise) / temperature))
+    weight = torch.randn(3, 5, generator=generator(2)).double()
+    gradients = [torch.autograd.grad((kept * weight).sum(), logits)[0] for kept in (hard, soft)]
+    assert torch.equal(*gradients)
+    torch.testing.assert_close(gradients[0], (weight * soft * (1 - soft) / temperature).sum(dim=0).detach())
+
+
+def test_soft_gumbel_decisions_come_to_bits_as_the_temperature_falls():
+    logits = torch.randn(6, generator=generator())
+    warm, cold = (Gumbel(2000, temperature, False, generator(1))(logits, WHOLE) for temperature in (1.0, 1e-3))
+    bits = Gumbel(2000, generator=generator(1))(logits, WHOLE)
+    assert ((warm > 0) & (warm < 1)).all()
+    assert float((cold - bits).abs().mean()) < 1e-3 < float((warm - bits).abs().mean())
+
+
+def test_gumbel_stays_finite_where_a_probability_rounds_to_one():
+    logits = torch.tensor([80.0, -80.0], requires_grad=True)
+    kept = Gumbel(1000, generator=generator())(logits, slice(0, 2))
+    kept.sum().backward()
+    assert torch.equal(kept.detach(), torch.tensor([1.0, 0.0]).expand(1000, 2))
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_gumbel_samples_of_conditional_logits_have_their_rows():
+    logits = torch.tensor([[50.0, -50.0], [-50.0, 50.0], [50.0, 50.0]])
+    assert Gumbel(1, generator=generator())(logits, slice(0, 2)).tolist() == [[1, 0], [0, 1], [1, 1]]
+
+
+@given(st.integers(0, 2**16), st.floats(0.5, 6))
+def test_gates_of_two_logits_behave_as_gates_of_their_difference(seed: int, bound: float):
+    """Probability, gradient, start and bounds, wherever the two logits stand."""
+    values = 4 * torch.randn(2, 5, generator=generator(seed))
+    one, two = Gates(5), Gates(5, pairs=True)
+    torch.testing.assert_close(two.logits, one.logits)
+    with torch.no_grad():
+        two.values.copy_(values)
+        one.values.copy_(values[1] - values[0])
+    assert torch.equal(two.logits, one.logits)
+    # a probability of either is softmax over the pair
+    torch.testing.assert_close(one.logits.sigmoid(), values.softmax(dim=0)[1])
+    for gates in (one, two):
+        entropy(gates.logits).sum().backward()
+    assert torch.equal(two.values.grad, torch.stack([-one.values.grad, one.values.grad]))
+    for gates in (one, two):
+        gates.clamp(bound)
+    torch.testing.assert_close(two.logits, one.logits)
+    assert (two.logits.abs() <= bound + 1e-5).all()
+    torch.testing.assert_close(two.values.sum(dim=0), values.sum(dim=0), rtol=1e-4, atol=1e-4)
+    for start in (-1.5, 0.0, bound):
+        for gates in (one, two):
+            gates.reset(start)
+            torch.testing.assert_close(gates.logits, torch.full((5,), start))
+        assert not two.values.sum(dim=0).any()
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_conditional_gates_start_at_their_bias_and_look_at_the_average_of_each_channel(pairs, memory, count):
+    torch.manual_seed(0)
+    gates = ConditionalGates(5, count, hidden=4, pairs=pairs, memory=memory, start=1.5)
+    x = torch.randn(6, 5, 4, 3)
+    logits = gates(x)
+    assert logits.shape == (6, count)
+    assert (logits - 1.5).abs().max() < 0.5  # weights of standard deviation 0.01 on 4 normalised features
+    torch.testing.assert_close(gates.average.detach(), torch.full((count,), 1.5))
+    gates.reset(-2.0)
+    torch.testing.assert_close(gates.average.detach(), torch.full((count,), -2.0))
+    gates.eval()
+    torch.testing.assert_close(gates(x), gates(x.mean(dim=(2, 3), keepdim=True).expand_as(x)))
+    learned = sum(value.numel() for value in gates.parameters())
+    recall = 2 * (count * count + count) + 2 * count if memory else 0
+    assert learned == (5 + 1) * 4 * count + 2 * 4 * count + (4 + 1) * (1 + pairs) * count + recall
+
+
+def test_each_conditional_gate_has_features_of_its_own_and_memory_shows_it_the_others():
+    """Seen from the gradient of one gate's logit to what leads to the other's."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 4, 3)
+    for memory in (False, True):
+        gates = ConditionalGates(5, 2, hidden=4, pairs=False, memory=memory)
+        if memory:  # as after its first step
+            torch.nn.init.normal_(gates.recall[-1].weight)
+        (gradient,) = torch.autograd.grad(gates(x)[:, 0].square().sum(), gates.decide.weight)
+        assert gradient[0].any()
+        assert bool(gradient[1].any()) == memory
+
+
+def test_exit_gates_look_at_more_than_averages():
+    torch.manual_seed(0)
+    gates = ExitGates(3, hidden=4, start=-1.0).eval()
+    x = torch.randn(5, 3, 8, 8)
+    assert gates(x).shape == (5, 1)
+    assert not torch.allclose(gates(x), gates(x.mean(dim=(2, 3), keepdim=True).expand_as(x)))
+    torch.testing.assert_close(gates.average.detach(), torch.tensor([-1.0]))
+    gates.reset(2.5)
+    torch.testing.assert_close(gates.average.detach(), torch.tensor([2.5]))

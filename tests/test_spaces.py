@@ -16,7 +16,7 @@ from budgetnet.spaces import BY_NAME, conv_fabric, resnet_fabric
 @pytest.mark.parametrize(("width", "choices"), [(1, 5), (2, 26), (4, 58), (8, 122)])
 def test_choices_of_the_papers_conv_fabrics(width: int, choices: int):
     network = conv_fabric(width=width, channels=2)
-    assert len(network.columns) == choices
+    assert network.gate_count == choices
     assert len(network.graph.edges) == choices + 2  # the input and output modules are always there
     assert len(network.graph.nodes) == 6 * width + 2
 
@@ -29,7 +29,7 @@ def test_choices_of_any_conv_fabric(width: int, depth: int, task: str):
     """Three to each layer but at the borders, and the two outer chains."""
     network = conv_fabric(width=width, depth=depth, channels=1, image_size=8, task=task)
     chains = (1 if width == 1 else 2) * (depth - 1)
-    assert len(network.columns) == (width - 1) * (3 * depth - 2) + chains
+    assert network.gate_count == (width - 1) * (3 * depth - 2) + chains
 
 
 def test_layers_of_a_conv_fabric_hear_their_neighbours():
@@ -100,7 +100,7 @@ def test_modules_of_the_papers_resnet_fabrics(width: int, counts: tuple[int, int
     blocks, projections, identities = (network.kinds.count(kind) for kind in ("block", "projection", "identity"))
     sums = sum(len(entering) > 1 for entering in network.graph.incoming)
     assert (blocks, projections, identities, sums) == counts
-    assert len(network.columns) == blocks + projections + identities
+    assert network.gate_count == blocks + projections + identities
     assert blocks == projections + identities  # each block has its shortcut beside it
     assert blocks - 3 * width == 2 * (3 * width - 2)  # extras: s, l and r, less one at each end of a group
 
@@ -139,7 +139,7 @@ def test_a_layer_two_groups_back_is_met_with_stride_4():
 def test_shifts_say_which_extra_connections_there_are(shifts: str, choices: int):
     """Of width 2: 6 blocks with shortcuts, and s twice, l and r once for each of two later groups."""
     network = resnet_fabric(width=2, channels=1, shifts=shifts)
-    assert len(network.columns) == choices
+    assert network.gate_count == choices
     if not shifts:
         assert torch.equal(network.architecture("resnet"), network.architecture("full"))
 
@@ -153,7 +153,7 @@ def test_resnet_fabrics_classify_images_of_any_divisible_size(options, size):
     assert network.used(network.architecture("resnet")).any()
 
 
-@pytest.mark.parametrize("build", BY_NAME.values(), ids=BY_NAME)
+@pytest.mark.parametrize("build", [resnet_fabric, conv_fabric])
 def test_a_space_is_rebuilt_from_the_options_it_keeps(build):
     network = build(width=2, channels=2, image_size=(8, 16), classes=3)
     again = BY_NAME[network.name](**network.options)

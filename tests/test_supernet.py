@@ -59,7 +59,7 @@ def test_outputs_are_those_of_masking_by_what_is_used(graph, seed: int, architec
     network = network_on(graph, seed=seed, fixed=[0] if seed % 2 else []).double().eval()
     x = images(network, architectures + more, seed)
     output, kept = network(x, Sample(architectures, torch.Generator().manual_seed(seed)))
-    assert kept.shape == (architectures, len(network.columns))
+    assert kept.shape == (architectures, network.gate_count)
     torch.testing.assert_close(output, masked(network, x, network.used(kept)))
 
 
@@ -81,9 +81,9 @@ def test_a_sample_predicts_bit_for_bit_what_each_architecture_predicts_alone(net
 def test_gradients_are_those_of_masking(graph, seed: int):
     network = network_on(graph, seed=seed).double().eval()
     x = images(network, 5, seed).double()
-    kept = Sample(3, torch.Generator().manual_seed(seed))(network.gates.logits, slice(0, len(network.columns)))
+    kept = Sample(3, torch.Generator().manual_seed(seed))(network.gates.logits, slice(0, network.gate_count))
     used = network.used(kept)
-    weights = [value for name, value in network.named_parameters() if name != "gates.logits"]
+    weights = [value for name, value in network.named_parameters() if name != "gates.values"]
     target = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     if not used.any():
         return
@@ -117,11 +117,11 @@ def test_an_edge_runs_once_on_the_rows_of_those_who_use_it_and_else_not_at_all(g
 def test_gates_get_no_gradient_through_the_prediction():
     network = network_on(random_graph(0, nodes=4, extra=2))
     network(images(network, 4), Sample(2, torch.Generator().manual_seed(0)))[0].sum().backward()
-    assert network.gates.logits.grad is None
+    assert network.gates.values.grad is None
 
 
 def test_a_disconnected_architecture_predicts_zeros_and_uses_nothing(network):
-    nothing, all_on = torch.zeros(1, len(network.columns)), network.architecture("full")
+    nothing, all_on = torch.zeros(1, network.gate_count), network.architecture("full")
     assert not network.used(nothing).any()
     x = images(network, 5)
     assert torch.equal(network(x, Fixed(nothing))[0], x.new_zeros(5, *network.shapes[network.graph.sink]))
@@ -161,7 +161,7 @@ def test_one_row_at_a_single_pixel_has_no_batch_statistics_and_trains_on_the_run
     network = conv_fabric(width=2, depth=3, channels=4, classes=3, image_size=4).double().train()
     down = {"l0.s0>l0.s1", "l0.s1>l0.s2", "l0.s2>l1.s2"}
     across = {"l0.s0>l1.s1", "l1.s1>l1.s2"}
-    kept = [[float(network.edge_names[edge] in path) for edge in network.columns] for path in (down, across)]
+    kept = [[float(network.edge_names[edge] in path) for edge in network.choices] for path in (down, across)]
     module = dict(zip(network.edge_names, network.modules_on_edges, strict=True))["l0.s1>l0.s2"]
     before = copy.deepcopy(module).eval()
     seen = []
@@ -256,8 +256,8 @@ def test_nodes_are_numbered_as_edges_name_them_and_fixed_edges_have_no_gate():
     network = SuperNetwork(edges, input_shape=(1, 1, 1), architectures={"short": ["b>y"]})
     assert network.graph.nodes == ("x", "b", "a", "y")
     assert network.edge_names == ("x>b", "b>a", "a>y", "b>y")
-    assert network.columns == (1, 3)
-    assert network.edges(torch.tensor([[0.0, 1.0]])).tolist() == [[1, 0, 1, 1]]
+    assert network.choices == (1, 3)
+    assert network.decisions(torch.tensor([[0.0, 1.0]])).tolist() == [[1, 0, 1, 1]]
     assert network.relevant(torch.tensor([[0.0, 1.0]])).tolist() == [[1, 1]]
     assert network.architecture("short").tolist() == [[0, 1]]
     assert network.architecture("full").tolist() == [[1, 1]]
@@ -339,7 +339,7 @@ def test_what_is_no_super_network(edges, nodes, options, message):
 
 def test_requests_that_do_not_fit_the_network():
     network = network_on(random_graph(0, nodes=4, extra=2))
-    gates = len(network.columns)
+    gates = network.gate_count
     with pytest.raises(ConfigError, match="4 architectures need at least as many examples, got 3"):
         network(images(network, 3), Sample(4))
     with pytest.raises(ConfigError, match=rf"an architecture of own is \(K, {gates}\), got \(1, {gates + 1}\)"):

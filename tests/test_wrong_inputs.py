@@ -127,7 +127,7 @@ BUDGETS = [
     Wrong("a cost that does not exist", search(budget="watts<=3")),
     Wrong("an option the cost does not have", search(budget="steps[cores=2]<=9")),
     Wrong("no workers", search(budget="steps[workers=0]<=9")),
-    Wrong("an option where the cost has none", search(budget="params:3<=9K")),
+    Wrong("an option where the cost has none", search(budget="layers:3<=9K")),
     Wrong("MACs counted in another way", search(budget="macs:half<=9K")),
     Wrong("workers in words", search(budget="steps:two<=9")),
     Wrong("a limit of 0", search(budget="macs<=0")),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
 from math import prod
+from operator import add
 from typing import ClassVar
 
 import torch
@@ -14,22 +16,60 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet.errors import ConfigError
-from budgetnet.graph import Graph, either
-from budgetnet.supernet import Shape, SuperNetwork, evaluating, on_meta
+from budgetnet.gated import GatedSequential
+from budgetnet.graph import Graph, both, either, opposite
+from budgetnet.sites import ConditionalGates
+from budgetnet.supernet import Shape, SuperNetwork, evaluating, on_meta, output_shape
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelCost:
+    """Cost of an edge whose channels have gates: each layer's, by the channels that it reads and writes.
+
+    `c(H) = sum_l w_l n_before(l)(H) n_behind(l)(H)`, n the number of open channels at a site
+
+    Attributes:
+        units: first unit of the edge's groups and the one behind the last.
+        sizes: `(groups, S + 1)` channels that each group opens at each of the S sites; the last column is 0.
+        weights: `(L,)` cost of each layer for one channel read and one written (or one of the two, or neither).
+        before, behind: `(L,)` site of the channels it reads and writes; S where there is none.
+        least: `(groups,)` 1 for the fewest groups with which the edge is not closed.
+
+    Source: Herrmann et al., section 3.4; the exact product in place of the printed formula.
+    """
+
+    units: tuple[int, int]
+    sizes: Tensor
+    weights: Tensor
+    before: Tensor
+    behind: Tensor
+    least: Tensor
+
+    def __call__(self, used: Tensor) -> Tensor:
+        """Maps `(B, U)` used units to the `(B,)` cost of this edge, where it is used; differentiable."""
+        bits = used[:, slice(*self.units)].to(torch.float64)
+        channels = bits @ self.sizes.to(bits.device)
+        channels = torch.cat([channels[:, :-1], torch.ones_like(channels[:, :1])], dim=1)
+        return (channels[:, self.before] * channels[:, self.behind]) @ self.weights.to(bits.device)
 
 
 @dataclass(frozen=True, eq=False)
 class EdgeCost:
     """Sum over used edges, over the additions where they meet, and over the activations behind them.
 
-    `C(H) = sum_e used_e(H) c_e + sum_n max(0, inputs_n(H) - 1) a_n + sum_n alive_n(H) b_n`
+    `C(H) = sum_e used_e(H) c_e(H) + sum_n max(0, inputs_n(H) - 1) a_n + sum_n alive_n(H) b_n`
 
     Attributes:
         graph: the E edges and N nodes being priced.
-        per_edge: `(E,)` float64 cost of one forward pass on one example, in `unit`.
+        per_edge: `(E,)` float64 cost of one forward pass on one example, all channels open, in `unit`.
         per_addition: `(N,)` float64 cost of adding one more input into each node.
         per_node: `(N,)` float64 cost of each node's activation, paid where anything enters.
         unit: what the numbers count: "MAC", "parameter".
+        channels: of the edges whose channels have gates, the cost in their place.
+        per_head: for edges with gates that look at the input, what it costs to decide, paid where the
+            edge's start is reached, and left by no exit before.
+        exits: edges that are exits, those of one node in the order in which they are decided, and for each
+            the edges behind it.
     """
 
     graph: Graph
@@ -37,28 +77,88 @@ class EdgeCost:
     per_addition: Tensor
     per_node: Tensor
     unit: str
+    channels: Mapping[int, ChannelCost] = field(default_factory=dict)
+    per_head: Mapping[int, float] = field(default_factory=dict)
+    exits: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def __call__(self, used: Tensor) -> Tensor:
-        """Maps `(B, E)` used edges, bits or in [0, 1], to `(B,)` float64 costs in `unit`, differentiably."""
+        """Maps `(B, U)` used units, bits or in [0, 1], to `(B,)` float64 costs in `unit`, differentiably."""
         ends = torch.tensor([end for _, end in self.graph.edges])
-        columns = used.t().contiguous()  # (E, B): bits stay bits until they are weighed
+        columns = used[:, : len(ends)].t().contiguous()  # (E, B): bits stay bits until they are weighed
+        plain = self.per_edge.clone()
+        plain[list(self.channels)] = 0
         # every used input pays its addition, then each live node gets its first one back
-        cost = weigh(self.per_edge + self.per_addition[ends], columns)
+        cost = weigh(plain + self.per_addition[ends], columns)
+        for edge, inside in self.channels.items():
+            cost = cost + columns[edge] * inside(used)
         by_node = self.per_node - self.per_addition
         if by_node.any():
             entered = [node for node, entering in enumerate(self.graph.incoming) if entering]
-            alive = [reduce(either, [columns[edge] for edge in self.graph.incoming[node]]) for node in entered]
+            alive = [self._alive(columns, node) for node in entered]
             cost = cost + weigh(by_node[entered], torch.stack(alive))
+        for edge, head in self.per_head.items():
+            asked = self._alive(columns, self.graph.edges[edge][0])
+            for exit in self._exits_before(edge):
+                asked = both(asked, opposite(columns[exit])) if columns.dtype == torch.bool else asked - columns[exit]
+            cost = cost + head * asked
         return cost
 
-    @property
-    def along_path(self) -> list[float]:
-        """What each edge and the node it enters cost on a path of their own, where nothing is added.
+    def _alive(self, columns: Tensor, node: int) -> Tensor:
+        """Whether anything enters a node, `(B,)`."""
+        entering = self.graph.incoming[node]
+        if not entering:
+            return torch.ones_like(columns[0])
+        if columns.requires_grad and self.exits:
+            return self._alive_past_exits(columns, entering)
+        return reduce(either, [columns[edge] for edge in entering])
 
-        The smallest network is such a path.
+    def _alive_past_exits(self, columns: Tensor, entering: Sequence[int]) -> Tensor:
+        """The same, with the gradient of exits: one opens or closes all at once that enters a node behind it.
+
+        Exits exclude each other, so that p, what none before has taken, is 1 less their sum; the edges used are
+        p times those that would be used without them.
         """
-        ends = [end for _, end in self.graph.edges]
-        return [float(cost) for cost in self.per_edge + self.per_node[ends]]
+        taken = [columns[edge] for edge in entering if edge in self.exits]
+        rest = [edge for edge in entering if edge not in self.exits]
+        if rest:
+            before = [columns[exit] for exit, behind in self.exits.items() if rest[0] in behind]
+            passed = 1 - reduce(add, before, torch.zeros_like(columns[0]))
+            share = torch.where(passed > 0, passed, 1)
+            inside = share * reduce(either, [columns[edge] / share for edge in rest])
+            # where an exit is taken nothing is known of what would be used: all that is there, likely
+            taken.append(torch.where(passed > 0, inside, columns[rest].mean(dim=0)))
+        return reduce(add, taken)
+
+    def _exits_before(self, edge: int) -> list[int]:
+        """The exits of an edge's start that decide before its own gate."""
+        start = self.graph.edges[edge][0]
+        here = [exit for exit in self.exits if self.graph.edges[exit][0] == start]
+        return here[: here.index(edge)] if edge in here else here
+
+    def of_edges(self, used: Tensor) -> list[float]:
+        """What each edge and the node it enters cost in an architecture, `(1, U)`, had they been used alone."""
+        costs = self.per_edge + self.per_node[[end for _, end in self.graph.edges]]
+        for edge, inside in self.channels.items():
+            costs[edge] += float(inside(used)[0]) - self.per_edge[edge]
+        for edge, head in self.per_head.items():
+            costs[edge] += head
+        return [float(cost) for cost in costs]
+
+    @cached_property
+    def along_path(self) -> list[float]:
+        """What each edge and the node it enters cost at least on a path of their own, where nothing is added.
+
+        The smallest network is such a path. It also pays for those gates that decide against other edges.
+        """
+        least = torch.zeros(1, max([len(self.graph.edges), *(inside.units[1] for inside in self.channels.values())]))
+        for inside in self.channels.values():
+            least[0, slice(*inside.units)] = inside.least
+        costs = self.of_edges(least)
+        for edge, (start, _) in enumerate(self.graph.edges):
+            for other, head in self.per_head.items():
+                if other != edge and self.graph.edges[other][0] == start and edge not in self._exits_before(other):
+                    costs[edge] += head
+        return costs
 
 
 @dataclass(frozen=True)
@@ -70,11 +170,15 @@ class MACs:
     Attributes:
         counting: "true", or "paper": an upsampling convolution is charged at the resolution before
             upsampling, a quarter of its work, as in the tables of BSN.
+        gates: count what gates that look at the input cost to decide (Herrmann et al., S1.4).
+        additions: count the sums at nodes; the second paper does not.
 
     Source: BSN, section 4.1 ("computation cost"); docs/counting.md says which printed digits show this reading.
     """
 
     counting: str = "true"
+    gates: bool = True
+    additions: bool = True
     key: ClassVar[str] = "macs"
     unit: ClassVar[str] = "MAC"
 
@@ -92,19 +196,31 @@ class MACs:
                     macs //= int(part.scale_factor) ** 2
             return macs
 
-        additions = [prod(shape) for shape in network.shapes]
-        return EdgeCost(
-            network.graph, per_edge(network, count), as_cost(additions), per_node(network, count), self.unit
-        )
+        additions = [prod(shape) * self.additions for shape in network.shapes]
+        heads = {int(edge): self._head(network, int(edge)) for edge in network.heads} if self.gates else {}
+        return edge_cost(network, count, self.unit, additions=additions, heads=heads)
+
+    @staticmethod
+    def _head(network: SuperNetwork, edge: int) -> float:
+        shape = network.shapes[network.graph.edges[edge][0]]
+        # the papers count the average pool too: height x width x channels (S1.4)
+        pooled = prod(shape) if isinstance(network.heads[str(edge)], ConditionalGates) else 0
+        return float(module_macs(network.heads[str(edge)], shape) + pooled)
 
 
 @dataclass(frozen=True)
 class Params:
-    """Learned numbers of the network: weights, biases and the batch norms' affine terms; not the gates.
+    """Learned numbers of the network: weights, biases and the batch norms' affine terms.
+
+    Gates that do not look at the input are gone once the network is extracted, and are not counted.
+
+    Attributes:
+        gates: count those of the layers that decide gates by the input.
 
     Source: BSN, section 4.1 ("memory consumption cost"), Table 3.
     """
 
+    gates: bool = True
     key: ClassVar[str] = "params"
     unit: ClassVar[str] = "parameter"
 
@@ -114,10 +230,91 @@ class Params:
         def count(module: nn.Module, shape: Shape) -> int:
             return sum(value.numel() for value in module.parameters())
 
-        additions = [0] * len(network.graph.nodes)
-        return EdgeCost(
-            network.graph, per_edge(network, count), as_cost(additions), per_node(network, count), self.unit
+        heads = {int(edge): float(count(head, ())) for edge, head in network.heads.items()} if self.gates else {}
+        return edge_cost(network, count, self.unit, heads=heads)
+
+
+def edge_cost(
+    network: SuperNetwork,
+    count: Callable[[nn.Module, Shape], int],
+    unit: str,
+    *,
+    additions: Sequence[int] = (),
+    heads: Mapping[int, float] | None = None,
+) -> EdgeCost:
+    """The cost that adds up `count(module, shape of its input)` over what is used."""
+    starts = [network.shapes[start] for start, _ in network.graph.edges]
+    modules = list(network.modules_on_edges)
+    return EdgeCost(
+        network.graph,
+        as_cost([count(module, shape) for module, shape in zip(modules, starts, strict=True)]),
+        as_cost(list(additions) or [0] * len(network.graph.nodes)),
+        # an activation keeps the shape it is given
+        as_cost([count(module, shape) for module, shape in zip(network.activations, network.shapes, strict=True)]),
+        unit,
+        {
+            edge: channel_cost(module, network, edge, count)
+            for edge, module in enumerate(modules)
+            if isinstance(module, GatedSequential) and module.sites
+        },
+        heads or {},
+        network.behind,
+    )
+
+
+def channel_cost(
+    module: GatedSequential, network: SuperNetwork, edge: int, count: Callable[[nn.Module, Shape], int]
+) -> ChannelCost:
+    """The cost of an edge by its open channels.
+
+    Each layer's count is shared among the channels it reads times those it writes; what it has once for each
+    channel that it writes, such as a bias, is a count of its own.
+    """
+    units = [unit for site in network.sites if site.edge == edge for unit in site.units]
+    none = len(module.sites)
+    sizes = torch.zeros(module.groups, none + 1, dtype=torch.float64)
+    least = torch.zeros(module.groups)
+    first = 0
+    for place, site in enumerate(module.sites):
+        sizes[first : first + site.groups, place] = as_cost(site.sizes)
+        needed = range(site.always_open) if site.always_open else [site.sizes.index(min(site.sizes))]
+        least[[first + group for group in needed]] = 1
+        first += site.groups
+    terms: list[tuple[float, int, int]] = [(0.0, none, none)]  # for a sequence of gates alone
+    shape = network.shapes[network.graph.edges[edge][0]]
+    full, parts = count(module, shape), 0
+    for layer in module.layout:
+        part = module[layer.index]
+        before = none if layer.before is None or not layer.mixes else layer.before
+        behind = none if layer.behind is None else layer.behind
+        whole = count(part, shape)
+        single = bias_count(part, count, shape) if layer.mixes and (before, behind) != (none, none) else 0
+        share = (
+            1 if before == none else module.sites[before].channels,
+            1 if behind == none else module.sites[behind].channels,
         )
+        terms.append(((whole - single) / prod(share), before, behind))
+        terms.append((single / share[1], none, behind))
+        parts += whole
+        shape = output_shape(part, shape, network.edge_names[edge])
+    weights, reads, writes = zip(*terms, strict=True)
+    return ChannelCost(
+        (units[0], units[-1]),
+        sizes,
+        torch.tensor(weights, dtype=torch.float64) * (full / parts if parts else 1),  # "paper" counts the whole as less
+        torch.tensor(reads),
+        torch.tensor(writes),
+        least,
+    )
+
+
+def bias_count(layer: nn.Module, count: Callable[[nn.Module, Shape], int], shape: Shape) -> int:
+    """What a layer's bias counts."""
+    if getattr(layer, "bias", None) is None:
+        return 0
+    without = copy.deepcopy(layer)
+    without.register_parameter("bias", None)
+    return count(layer, shape) - count(without, shape)
 
 
 def module_macs(module: nn.Module, shape: Shape) -> int:
@@ -126,17 +323,6 @@ def module_macs(module: nn.Module, shape: Shape) -> int:
     with evaluating(module), torch.no_grad(), counter:
         functional_call(module, on_meta(module), torch.empty(1, *shape, device="meta"))
     return int(counter.get_total_flops()) // 2  # torch counts a multiply-add as two
-
-
-def per_edge(network: SuperNetwork, count: Callable[[nn.Module, Shape], int]) -> Tensor:
-    """`(E,)` of `count(module, shape of its input)`."""
-    starts = [network.shapes[start] for start, _ in network.graph.edges]
-    return as_cost([count(module, shape) for module, shape in zip(network.modules_on_edges, starts, strict=True)])
-
-
-def per_node(network: SuperNetwork, count: Callable[[nn.Module, Shape], int]) -> Tensor:
-    """`(N,)` of `count(activation, shape of the node)`; an activation keeps the shape it is given."""
-    return as_cost([count(module, shape) for module, shape in zip(network.activations, network.shapes, strict=True)])
 
 
 def weigh(weights: Tensor, columns: Tensor) -> Tensor:

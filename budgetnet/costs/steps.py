@@ -71,8 +71,8 @@ class StepCost:
         self.tasks = topological_order(nodes + len(graph.edges), successors)
 
     def __call__(self, used: Tensor) -> Tensor:
-        """Maps `(B, E)` used edges to `(B,)` float64 cycles; 0 where nothing is used."""
-        active = used.detach().to("cpu", torch.bool)
+        """Maps `(B, U)` used units to `(B,)` float64 cycles; 0 where nothing is used."""
+        active = used[:, : len(self.edge_steps)].detach().to("cpu", torch.bool)
         return torch.cat([self._schedule(chunk) for chunk in torch.split(active, CHUNK)]).to(used.device)
 
     @property

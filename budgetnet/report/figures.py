@@ -81,9 +81,9 @@ def dynamics(epochs: Sequence[Epoch]) -> go.Figure:
         name, shade = PHASES.get(phase, (phase, "#f1f1f1"))
         figure.add_shape(type="rect", xref="x", yref="paper", x0=start, x1=end, y0=0, y1=1, fillcolor=shade,
                          line_width=0, layer="below")  # fmt: skip
-        figure.add_annotation(x=(start + end) / 2, y=1, xref="x", yref="paper", yshift=26, showarrow=False,
+        figure.add_annotation(x=(start + end) / 2, y=1, xref="x", yref="paper", yshift=34, showarrow=False,
                               text=escape(name), font={"size": 12, "color": MUTED})  # fmt: skip
-    dress(figure, height=80 + 138 * len(shown), right=170, top=46)
+    dress(figure, height=88 + 138 * len(shown), right=170, top=54)
     figure.update_xaxes(range=[min(x, default=0) - 0.5, max(x, default=0) + 0.5])
     figure.update_xaxes(title_text="epoch", row=max(len(shown), 1), col=1)
     return figure

@@ -10,8 +10,8 @@ from math import hypot
 import numpy as np
 from numpy.typing import NDArray
 
+from budgetnet.report.architecture import Architecture, Edge, Node, Site
 from budgetnet.report.quantities import SPACE, percent, shape, si
-from budgetnet.report.run import Architecture, Edge, Node
 
 COLOURS = {
     "block": "#0072b2", "conv": "#0072b2", "same": "#0072b2", "projection": "#d55e00", "down": "#d55e00",
@@ -34,6 +34,7 @@ class Line:
     colour: str
     marker: int  # which arrow head
     width: float
+    band: float  # width of the pale band around it that stands for all its channels, 0 for none
     title: str
 
 
@@ -81,7 +82,8 @@ class Drawing:
     kinds: tuple[Kind, ...]
     colours: tuple[str, ...]
     weighed_by: str | None  # the cost that the widths show
-    widest: str | None  # its largest share
+    gated: bool  # whether lines with gates on their channels show how many are left
+    widest: str | None  # its largest share; None where widths show the channels left instead
 
 
 def draw(architecture: Architecture) -> Drawing:
@@ -92,7 +94,9 @@ def draw(architecture: Architecture) -> Drawing:
     step = float(np.clip((WIDTH - LEFT - RIGHT) / max(columns, 1e-9), 14, 110))
     drop = float(np.clip(max(step, 330 / max(rows, 1)), 34 if rows > 12 else 62, 130))
     points = (places - places.min(axis=0)) * (step, drop) + (LEFT, TOP) if len(places) else places
-    bent = bends(edges, points, radius := float(np.clip(step / 14, 2.5, 6)), step)
+    gated, whole = bool(architecture.sites), float(np.clip(step / 6, 4, 10))
+    gap = float(np.clip(step / 5, whole + 4 if gated else 3.5, 16))
+    bent = bends(edges, points, radius := float(np.clip(step / 14, 2.5, 6)), gap)
     over, under = room(edges, points, bent)
     points[:, 1] += over
     arrow = 7.0 if step >= 60 else 5.0 if step >= 26 else 0.0
@@ -105,14 +109,20 @@ def draw(architecture: Architecture) -> Drawing:
     lines = []
     for place, (edge, bend) in enumerate(zip(edges, bent, strict=True)):
         thin = 1.6 if step >= 26 else 1.1
+        sites = architecture.sites_of(place)
+        if gated:
+            width = max(whole * left(sites), 0.8) if sites else thin
+        else:
+            width = thin + (thickest - thin) * weights[place] / largest if largest else thin
         lines.append(
             Line(
                 path=curve(points[edge.source], points[edge.target], bend, radius, arrow if edge.used else 0.0),
                 used=edge.used,
                 colour=colour[edge.kind],
                 marker=palette.index(colour[edge.kind]),
-                width=thin + (thickest - thin) * weights[place] / largest if largest else thin,
-                title=edge_title(edge, nodes),
+                width=width,
+                band=whole if sites else 0.0,
+                title=edge_title(edge, nodes, sites),
             )
         )
     alive = {end for edge in edges if edge.used for end in (edge.source, edge.target)}
@@ -135,7 +145,8 @@ def draw(architecture: Architecture) -> Drawing:
         ),
         colours=palette,
         weighed_by=weighed_by,
-        widest=percent(largest) if largest else None,
+        gated=gated,
+        widest=percent(largest) if largest and not gated else None,
     )
 
 
@@ -168,16 +179,20 @@ def shares(edges: Sequence[Edge]) -> tuple[list[float], str | None]:
     return ([value / total for value in values] if total else values), cost
 
 
-def bends(edges: Sequence[Edge], points: NDArray[np.float64], radius: float, step: float) -> list[float]:
+def left(sites: Sequence[Site]) -> float:
+    """Share of the channels at some sites that is in the network."""
+    return sum(site.left for site in sites) / sum(site.all for site in sites)
+
+
+def bends(edges: Sequence[Edge], points: NDArray[np.float64], radius: float, gap: float) -> list[float]:
     """How far each edge's middle lies beside the straight line, pixels.
 
-    Parallel edges share the room around it; a line that would run through another node goes round it.
+    Parallel edges lie `gap` apart around it; a line that would run through another node goes round it.
     """
     lanes: dict[frozenset[int], list[int]] = defaultdict(list)
     for place, edge in enumerate(edges):
         lanes[frozenset((edge.source, edge.target))].append(place)
     bent = [0.0] * len(edges)
-    gap = float(np.clip(step / 5, 3.5, 16))
     for places in lanes.values():
         first = edges[places[0]]
         around = detour(points, first.source, first.target, radius)
@@ -249,10 +264,11 @@ def labels(architecture: Architecture, points: NDArray[np.float64]) -> tuple[Lab
     return tuple(found)
 
 
-def edge_title(edge: Edge, nodes: Sequence[Node]) -> str:
+def edge_title(edge: Edge, nodes: Sequence[Node], sites: Sequence[Site]) -> str:
     """What a pointer resting on the edge is told."""
     state = "kept" if edge.used else "kept, but on no path from input to output" if edge.kept else "dropped"
     chance = "not a choice" if edge.fixed or edge.probability is None else f"probability {edge.probability:.3g}"
     costs = [f"{name}: {si(value)}" for name, value in edge.costs.items()]
+    channels = [f"{site.name}: {site.left} of {site.all} channels" for site in sites]
     where = f"{nodes[edge.source].name} → {nodes[edge.target].name}"
-    return "\n".join([f"{edge.name} ({edge.kind}), {state}", where, chance, *costs]).replace(" ", SPACE)
+    return "\n".join([f"{edge.name} ({edge.kind}), {state}", where, chance, *channels, *costs]).replace(" ", SPACE)

@@ -14,10 +14,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from budgetnet.errors import ConfigError, FileError
-from budgetnet.report import figures, quantities
+from budgetnet.report import figures, gate_figures, quantities
+from budgetnet.report.architecture import Architecture, Edge
 from budgetnet.report.network import draw, shares
 from budgetnet.report.quantities import MISSING, duration, exact, percent, plural, share, si
-from budgetnet.report.run import Architecture, Edge, Quality, Run
+from budgetnet.report.run import Quality, Run
 from budgetnet.report.words import headline, outcomes, quality, verdict
 from budgetnet.runs import replace
 
@@ -73,6 +74,8 @@ def section(run: Run) -> dict[str, Any]:
     rows = outcomes(run)
     first = rows[0] if rows else None
     candidates = result.candidates if result and first else ()
+    inference = result.inference if result else None
+    checked = result.validation.accuracy if result and result.validation else None
     return {
         "run": run,
         "headline": headline(run),
@@ -80,8 +83,15 @@ def section(run: Run) -> dict[str, Any]:
         "budgets": rows,
         "drawing": draw(architecture) if architecture and architecture.nodes else None,
         "choices": [sum(edge.used for edge in choices), len(choices)] if (choices := _choices(architecture)) else None,
+        "channels": gate_figures.channel_table(architecture) if architecture else None,
         "dynamics": figures.dynamics(run.epochs) if run.epochs else None,
+        "activation": gate_figures.activation(run.epochs, architecture.gated() if architecture else ()),
+        "scale": ", ".join(colour for _, colour in gate_figures.SCALE),
+        "probabilities": gate_figures.probabilities(architecture) if architecture else None,
+        "polarised": gate_figures.polarised_words(architecture) if architecture and architecture.sites else "",
         "choice": figures.choice(candidates, first.cost, first.unit, first.limit) if first and candidates else None,
+        "inference": inference,
+        "thresholds": gate_figures.thresholds(inference, result.budgets, checked) if inference and result else None,
         "edges": edge_table(architecture) if architecture else None,
         "evidence": evidence(run),
         "provenance": provenance(run),
@@ -163,6 +173,9 @@ def evidence(run: Run) -> list[tuple[str, str]]:
             value, full = run.result.network[cost], run.result.full.get(cost)
             part = f", {share(value, full)} of the full super network's {si(full)}" if full else ""
             rows.append((name, f"{exact(value)} {plural(unit)}{part}"))
+    inference, units = run.result.inference, {budget.cost: budget.unit for budget in run.result.budgets}
+    for cost, value in (inference.test_costs if inference else {}).items():
+        rows.append((f"{cost} on the test images, on average", f"{si(value)} {plural(units.get(cost, ''))}"))
     for name, measured in (("Validation", run.result.validation), ("Test", run.result.test)):
         if (words := quality(measured)) is not None:
             rows.append((f"{name} data", words))

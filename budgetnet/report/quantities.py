@@ -26,8 +26,8 @@ def apart(value: float, limit: float) -> tuple[str, str]:
 
 
 def exact(value: float) -> str:
-    """Every digit of a count, in groups of three; other numbers with 6 digits."""
-    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.6g}"
+    """Every digit of a count, and of a mean of large ones, in groups of three; other numbers with 6 digits."""
+    return f"{value:,.0f}" if (value == round(value) or abs(value) >= 1e5) and abs(value) < 1e15 else f"{value:.6g}"
 
 
 def with_unit(value: float, unit: str) -> str:

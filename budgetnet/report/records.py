@@ -40,6 +40,10 @@ class Record:
         """A whole number."""
         return self._read(key, "a whole number", lambda value: _is_number(value) and value == int(value), int)
 
+    def share(self, key: str) -> float:
+        """A number in [0, 1]."""
+        return self._read(key, "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, float)
+
     def text(self, key: str) -> str:
         """A string."""
         return self._read(key, "a text", lambda value: isinstance(value, str), str)
@@ -69,6 +73,14 @@ class Record:
             raise FileError(f"{self._where(key)} must be {length} numbers, got {len(numbers)}")
         return tuple(numbers)
 
+    def flags(self, key: str, length: int) -> tuple[bool, ...]:
+        """A list of so many times true or false."""
+        return tuple(item.flag(key) for item in self._items(key, length))
+
+    def maybe_shares(self, key: str, length: int) -> tuple[float | None, ...]:
+        """A list of so many numbers in [0, 1], each of which may be null."""
+        return tuple(item.maybe_share(key) for item in self._items(key, length))
+
     def costs(self, key: str) -> dict[str, float]:
         """An object whose values are numbers; other values are left out."""
         inner = self.record(key)
@@ -80,6 +92,10 @@ class Record:
         if value is None or (isinstance(value, float) and not isfinite(value)):
             return None
         return self.number(key)
+
+    def maybe_share(self, key: str) -> float | None:
+        """A number in [0, 1], or None."""
+        return None if self.values.get(key) is None else self.share(key)
 
     def maybe_record(self, key: str) -> Record | None:
         """An object, or None."""
@@ -101,6 +117,13 @@ class Record:
             return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
         return self._read(key, f"a list of {of}", fits, list)
+
+    def _items(self, key: str, length: int) -> list[Record]:
+        """Each item of a list of that length as a record that holds it under the same key."""
+        items: list[object] = self._list(key, object, "values")
+        if len(items) != length:
+            raise FileError(f"{self._where(key)} must be {length} values, got {len(items)}")
+        return [Record({key: item}, self.file, self.place) for item in items]
 
     def _at(self, key: str, values: dict[str, Any]) -> Record:
         return Record(values, self.file, f"{self.place}{key}.")

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from budgetnet.errors import FileError
+from budgetnet.report.architecture import Architecture
+from budgetnet.report.inference import Inference
 from budgetnet.report.records import Record, read_json, read_lines
-
-FARTHEST = 1e5
-"""Largest coordinate of a node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +58,7 @@ class Epoch:
     validation: Quality | None
     entropy: float | None  # nats, of the sampled architecture
     connected: float | None  # share of samples that reach the output
+    activation: dict[str, float] | None  # how often each gated edge, and the mean channel of a site, was open
     budgets: tuple[Price, ...]
 
     @classmethod
@@ -75,6 +75,7 @@ class Epoch:
             validation=Quality.read(record.maybe_record("validation")),
             entropy=record.maybe_number("entropy"),
             connected=record.maybe_number("connected"),
+            activation=_activation(record),
             budgets=tuple(
                 Price(
                     cost=budget.text("cost"),
@@ -85,74 +86,6 @@ class Epoch:
                 for budget in record.records("budgets")
             ),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """A layer: where it is drawn and the shape of its value."""
-
-    name: str
-    position: tuple[float, ...]  # (column, row)
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Edge:
-    """A module between two layers, by their indices."""
-
-    name: str
-    source: int
-    target: int
-    kind: str
-    fixed: bool
-    kept: bool
-    used: bool  # kept and on a path from input to output
-    probability: float | None
-    costs: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """The super network and what was kept of it."""
-
-    nodes: tuple[Node, ...]
-    edges: tuple[Edge, ...]
-
-    @classmethod
-    def read(cls, record: Record) -> Architecture:
-        """Reads architecture.json.
-
-        Raises:
-            FileError: an edge ends at no node, or a node lies too far out.
-        """
-        nodes = []
-        for node in record.records("nodes"):
-            position = node.numbers("position", 2)
-            if any(abs(value) > FARTHEST for value in position):
-                raise FileError(f'{node.file}: "{node.place}position" must lie within {FARTHEST:g}, got {position}')
-            shape = tuple(int(value) for value in node.numbers("shape"))
-            nodes.append(Node(name=node.text("name"), position=position, shape=shape))
-        edges = []
-        for edge in record.records("edges"):
-            for key in ("source", "target"):
-                if not 0 <= edge.whole(key) < len(nodes):
-                    raise FileError(
-                        f'{edge.file}: "{edge.place}{key}" must be a node, 0..{len(nodes) - 1}, got {edge.whole(key)}'
-                    )
-            edges.append(
-                Edge(
-                    name=edge.text("name"),
-                    source=edge.whole("source"),
-                    target=edge.whole("target"),
-                    kind=edge.text("kind"),
-                    fixed=edge.flag("fixed"),
-                    kept=edge.flag("kept"),
-                    used=edge.flag("used"),
-                    probability=edge.maybe_number("probability"),
-                    costs=edge.costs("costs"),
-                )
-            )
-        return cls(nodes=tuple(nodes), edges=tuple(edges))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +129,7 @@ class Result:
     test: Quality | None
     equivalence: dict[str, float]
     candidates: tuple[Candidate, ...]
+    inference: Inference | None  # None where no gate looks at the input
 
     @classmethod
     def read(cls, record: Record, asked: list[str]) -> Result:
@@ -231,6 +165,7 @@ class Result:
                 )
                 for candidate in ([] if record.values.get("candidates") is None else record.records("candidates"))
             ),
+            inference=Inference.read(record.maybe_record("inference")),
         )
 
 
@@ -272,11 +207,14 @@ class Run:
         metrics, shape, end = (folder / name for name in ("metrics.jsonl", "architecture.json", "result.json"))
         lines = map(Epoch.read, read_lines(metrics) if metrics.exists() else [])
         epochs = {(line.phase, line.epoch): line for line in lines}  # a resumed run writes an epoch again
+        architecture = Architecture.read(read_json(shape)) if shape.exists() else None
+        if architecture is not None:
+            _check_activation(metrics, tuple(epochs.values()), architecture)
         return cls(
             folder=folder,
             options=options,
             epochs=tuple(epochs.values()),
-            architecture=Architecture.read(read_json(shape)) if shape.exists() else None,
+            architecture=architecture,
             result=Result.read(read_json(end), options.texts("budgets")) if end.exists() else None,
         )
 
@@ -299,6 +237,23 @@ class Run:
     def search(self) -> dict[str, Any]:
         """The options of the search."""
         return self.options.record("search").values
+
+
+def _activation(record: Record) -> dict[str, float] | None:
+    if "activation" in record.values and record.values["activation"] is None:
+        return None
+    rates = record.record("activation")
+    return {name: rates.share(name) for name in rates.values}
+
+
+def _check_activation(file: Path, epochs: tuple[Epoch, ...], architecture: Architecture) -> None:
+    expected = set(architecture.gated())
+    for epoch in epochs:
+        if epoch.activation is not None and (differing := sorted(expected ^ set(epoch.activation))):
+            raise FileError(
+                f'{file}, epoch {epoch.epoch}: "activation" must name the gated edges and sites of '
+                f"architecture.json, {differing[0]!r} is in one and not in the other"
+            )
 
 
 def _validation(candidate: Record) -> float | None:

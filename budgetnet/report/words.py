@@ -107,7 +107,8 @@ def headline(run: Run) -> str:
         if words := _answers(last.validation, "validation"):
             clauses.append(words)
         return f"{start} The most probable architecture {_joined(clauses)}." if clauses else start
-    clauses = [f"uses {_listed(spent)}"] if spent else []
+    uses = "uses" if run.result.inference is None else "uses on average"
+    clauses = [f"{uses} {_listed(spent)}"] if spent else []
     measured = [(run.result.test, "test"), (run.result.validation, "validation")]
     clauses += [words for quality, name in measured if (words := _answers(quality, name))][:1]
     return f"This network {_joined(clauses)}." if clauses else "This network was returned without a measurement."

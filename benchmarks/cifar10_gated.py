@@ -1,0 +1,220 @@
+"""Gated ResNet-20 beside a narrowed one, two maintained pruners and shapes trained from scratch, on CIFAR-10.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/cifar10_gated.py --data cifar10 --seeds 0 1 2 --out runs/cifar10_gated
+
+Every row sees the same images in the same number of epochs on one learning-rate curve. A row whose row.json is there
+already is not trained again, so that the table can be filled in several sittings. Prints one Markdown table a target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peers
+import torch
+from torch import Tensor, nn
+
+import budgetnet as bn
+from budgetnet.data import Batches
+from budgetnet.evaluation import evaluate
+from budgetnet.selection import trimmed
+
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+COMMON = {"validate_every": 10, "candidates": 4, "recalibration": 20}
+RANDOM = tuple(f"random {number}" for number in range(1, 6))
+KINDS = ("pruned", "conditional", "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
+DENSE_EPOCHS = 2 / 3
+"""Share of the epochs that the pruners train the dense network for; the rest follows the pruning."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="cifar10", help="dataset, or folder of images")
+    parser.add_argument("--train-images", type=int, default=10_000)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--targets", type=int, nargs="+", default=[50, 25], help="percent of the dense MACs")
+    parser.add_argument("--kinds", nargs="+", default=["dense", *KINDS], choices=["dense", *KINDS])
+    parser.add_argument("--options", type=json.loads, default={}, help="options of the gated search, as JSON")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar10_gated"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    data = bn.data.load(arguments.data).subset(arguments.train_images, seed=0)
+    table: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for seed in arguments.seeds:
+        for kind, target in [("dense", 100), *((kind, target) for target in arguments.targets for kind in KINDS)]:
+            if kind not in arguments.kinds:
+                continue
+            folder = arguments.out / f"{kind.replace(' ', '-')}-{target}-seed{seed}"
+            if not (folder / "row.json").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                row = Row(kind, target, seed, data, arguments, folder).train()
+                (folder / "row.json").write_text(json.dumps(row, indent=1))
+            row = json.loads((folder / "row.json").read_text())
+            table.setdefault((target, kind), []).append(row)
+            print(f"{kind} at {target} % seed {seed}: {row['accuracy']:.4f}, {row['macs'] / 1e6:.2f} M", flush=True)
+    print_table(table)
+
+
+class Row:
+    """One network of the table.
+
+    Args:
+        kind: of `KINDS`, or "dense".
+        target: percent of the dense network's MACs.
+        seed: of initialisation, order, augmentation and samples.
+        data, arguments, folder: where its run lies.
+    """
+
+    def __init__(
+        self, kind: str, target: int, seed: int, data: bn.data.Dataset, arguments: argparse.Namespace, folder: Path
+    ) -> None:
+        self.kind, self.target, self.seed, self.data, self.folder = kind, target, seed, data, folder
+        self.before = 0.0
+        self.options = bn.SearchOptions(epochs=arguments.epochs, seed=seed, **COMMON)
+        self.searched = bn.SearchOptions(**{"epochs": arguments.epochs, "seed": seed} | COMMON | arguments.options)
+        with torch.device("meta"):
+            dense = peers.macs(peers.ResNet20(), EXAMPLE)
+        self.limit = dense * target / 100
+
+    def train(self) -> dict[str, Any]:
+        """Trains it, and says what came out."""
+        torch.manual_seed(self.seed)
+        started = time.monotonic()
+        if self.kind in ("pruned", "conditional", "found shape", *RANDOM):
+            network, extra = self.gated()
+        else:
+            network, extra = getattr(self, self.kind.replace("-", "_"))(), {}
+        seconds = time.monotonic() - started + self.before
+        measured = peers.measure(network, EXAMPLE, 1)
+        accuracy = extra.pop("accuracy", None) or self.accuracy(network)
+        return {
+            "kind": self.kind,
+            "target": self.target,
+            "seed": self.seed,
+            "accuracy": accuracy,
+            "seconds": seconds,
+            "threads": torch.get_num_threads(),
+            **measured,
+            **extra,
+        }
+
+    def gated(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The rows that budgetnet trains: searched, found, or drawn at random."""
+        space = bn.spaces.resnet(depth=20, conditional=self.kind == "conditional")
+        budget = bn.Budget(bn.costs.MACs(), at_most=f"{self.target}%")
+        run = self.folder / "run"
+        if self.kind in ("pruned", "conditional"):
+            found = bn.search(space, self.data, [budget], self.searched, out=run, resume=True)
+        else:
+            if self.kind == "found shape":
+                shape: str | Tensor = str(
+                    self.folder.parent / f"pruned-{self.target}-seed{self.seed}/run/architecture.json"
+                )
+            else:
+                shape = random_shape(space, self.target / 100, 10 * self.seed + int(self.kind.split()[1]))
+            found = bn.search(space, self.data, [], self.options, architecture=shape, out=run, resume=True)
+        extra: dict[str, Any] = {"accuracy": found.result["test"]["accuracy"]}
+        if self.kind in ("pruned", "conditional"):
+            extra |= {"polarised": polarised(run), "budget": found.result["budgets"]}
+        return found.network(), extra
+
+    def accuracy(self, network: nn.Module) -> float:
+        """On the test images, looked at once."""
+        batches = Batches(self.data.test, batch_size=self.options.batch_size, shuffle=False)
+        device = next(network.parameters()).device
+        network.eval()
+        examples = ((x.to(device), y.to(device)) for x, y in batches.epoch(0))
+        return evaluate(network, examples, classes=self.data.num_classes)["accuracy"]
+
+    def dense(self) -> nn.Module:
+        """The whole network."""
+        return self._trained(peers.resnet20(), 0, self.options.epochs)
+
+    def narrowed(self) -> nn.Module:
+        """Narrower by one factor everywhere."""
+        return self._trained(peers.narrowed(self.limit), 0, self.options.epochs)
+
+    def torch_pruning(self) -> nn.Module:
+        """Dense, pruned by global group magnitude, fine-tuned."""
+        return self._pruned(lambda network: peers.torch_pruning(network, EXAMPLE, self.limit))
+
+    def fastnas(self) -> nn.Module:
+        """Dense, pruned by FastNAS, fine-tuned."""
+        scores = self.folder.parent / f"fastnas-scores-seed{self.seed}"
+        return self._pruned(lambda network: peers.fastnas(network, self.data, self.limit, self.options, scores=scores))
+
+    def _pruned(self, prune: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        """Both pruners start from one dense network for each seed; its seconds are counted in every row."""
+        first = round(self.options.epochs * DENSE_EPOCHS)
+        network, saved = peers.resnet20(), self.folder.parent / f"unpruned-seed{self.seed}.pt"
+        if saved.exists():
+            state, self.before = torch.load(saved, weights_only=True)
+            network.load_state_dict(state)
+        else:
+            self.before = peers.train(network, self.data, self.options, 0, first)
+            torch.save((network.state_dict(), self.before), saved)
+            self.before = 0.0  # counted by the row's own clock
+        return self._trained(prune(network), first, self.options.epochs)
+
+    def _trained(self, network: nn.Module, first: int, last: int) -> nn.Module:
+        peers.train(network, self.data, self.options, first, last)
+        return network
+
+
+def random_shape(space: bn.SuperNetwork, share: float, seed: int) -> Tensor:
+    """A shape whose sites keep random numbers of channels, scaled to within 1 % below that share of the MACs."""
+    generator = torch.Generator().manual_seed(seed)
+    macs = bn.costs.MACs().bind(space)
+    full = float(macs(space.used(space.architecture("full")))[0])
+    while True:
+        wanted = torch.rand(len(space.sites), generator=generator)
+        low, high = 0.0, 8.0
+        for _ in range(30):
+            scale = (low + high) / 2
+            kept = torch.zeros(1, space.gate_count)
+            for site, part in zip(space.sites, (wanted * scale).clamp(max=1).tolist(), strict=True):
+                columns = [space.gate_of[unit] for unit in range(*site.units)]
+                kept[0, columns[: max(1, round(part * site.groups))]] = 1  # type: ignore[index, misc]
+            cost = float(macs(space.used(kept))[0]) / full
+            if 0.99 * share < cost <= share:
+                return trimmed(space, kept)
+            low, high = (scale, high) if cost <= share else (low, scale)
+
+
+def polarised(run: Path) -> float:
+    """Share of the gates whose probability ended below 0.05 or above 0.95."""
+    sites = json.loads((run / "architecture.json").read_text())["sites"]
+    probabilities = [p for site in sites for p in site["probability"] if p is not None]
+    return sum(p < 0.05 or p > 0.95 for p in probabilities) / max(1, len(probabilities))
+
+
+def print_table(table: dict[tuple[int, str], list[dict[str, Any]]]) -> None:
+    """Test accuracy in percent: mean over the seeds, smallest to largest."""
+    print(f"\nthreads {torch.get_num_threads()}, cores {os.cpu_count()}, batch 1 latency in onnxruntime, one thread")
+    print("\n| target | network | test accuracy (min to max) | seeds | MACs | latency ms | seconds | polarised |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (target, kind), rows in sorted(table.items(), key=lambda item: -item[0][0]):
+        accuracy = [100 * row["accuracy"] for row in rows]
+        spread = f"{statistics.mean(accuracy):.2f} ({min(accuracy):.2f} to {max(accuracy):.2f})"
+        macs, seconds = (statistics.mean(row[key] for row in rows) for key in ("macs", "seconds"))
+        latency = statistics.mean(row["onnxruntime_ms"]["median"] for row in rows)
+        share = statistics.mean(row["polarised"] for row in rows) if "polarised" in rows[0] else None
+        shown = "" if share is None else f"{100 * share:.0f} %"
+        print(
+            f"| {target} % | {kind} | {spread} | {len(rows)} | {macs / 1e6:.2f} M "
+            f"| {latency:.2f} | {seconds:.0f} | {shown} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

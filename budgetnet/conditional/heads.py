@@ -1,0 +1,220 @@
+"""What decides the gates that look at the input, narrowed to those that are still to be decided."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from budgetnet.conditional.bodies import fold_inside
+from budgetnet.sites import ConditionalGates, ExitGates
+
+
+class Head(nn.Module):
+    """Decides gates: maps features to values that are > 0 where a gate is open."""
+
+    def one(self, x: Tensor) -> list[float]:
+        """The n values of a single example `(1, ...)`."""
+        values: list[float] = self(x)[0].tolist()
+        return values
+
+
+class PooledHead(Head):
+    """Two linear layers on the mean of each channel: what `ConditionalGates` compute, for some of its gates.
+
+    The second layer holds zeros where one gate would read another's hidden features.
+
+    Args:
+        gates: in evaluation mode.
+        columns: of its gates that are decided.
+    """
+
+    def __init__(self, gates: ConditionalGates, columns: Sequence[int]) -> None:
+        super().__init__()
+        reduce = fuse_conv_bn_eval(gates.reduce, gates.norm)
+        hidden = reduce.out_channels // gates.count
+        weight = gates.decide.weight.detach().reshape(gates.count, 1 + gates.pairs, hidden)
+        bias = cast(Tensor, gates.decide.bias).detach().reshape(gates.count, 1 + gates.pairs)
+        if gates.pairs:
+            weight, bias = weight[:, 1:] - weight[:, :1], bias[:, 1:] - bias[:, :1]
+        rows = [row for column in columns for row in range(column * hidden, (column + 1) * hidden)]
+        self.reduce = linear(reduce.weight.detach()[rows].flatten(1), cast(Tensor, reduce.bias).detach()[rows])
+        self._held: Held | None = None
+        apart = torch.block_diag(*weight[list(columns)])  # type: ignore[no-untyped-call]
+        self.decide = linear(apart, bias[list(columns)].flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, channels, H, W)` features to `(B, n)` logits."""
+        hidden = F.linear(x.mean(dim=(2, 3)), self.reduce.weight, self.reduce.bias).relu_()
+        return F.linear(hidden, self.decide.weight, self.decide.bias)
+
+    def one(self, x: Tensor) -> list[float]:
+        """The n values of a single example `(1, channels, H, W)`.
+
+        So small a layer as the second takes longer to call than to compute: it is computed in Python.
+        """
+        if x.is_contiguous():
+            flat = x.view(x.shape[1], -1)
+        elif x.is_contiguous(memory_format=torch.channels_last):
+            flat = x.permute(0, 2, 3, 1).view(-1, x.shape[1]).t()
+        else:
+            return super().one(x)
+        held = self._held
+        if held is None or held.versions != versions(held.second) or held.mean.dtype != x.dtype:
+            held = self._held = self._hold(x, flat.shape[1])
+        hidden = torch.addmv(held.bias, held.weight, torch.mv(flat, held.mean)).tolist()
+        values: list[float] = []
+        at = 0
+        for value, weights in held.gates:
+            for weight in weights:
+                if (feature := hidden[at]) > 0:
+                    value += weight * feature
+                at += 1
+            values.append(value)
+        return values
+
+    def _hold(self, x: Tensor, pixels: int) -> Held:
+        size = self.decide.in_features // self.decide.out_features
+        rows = self.decide.weight.tolist()
+        gates = [
+            (bias, row[gate * size : (gate + 1) * size])
+            for gate, (bias, row) in enumerate(zip(self.decide.bias.tolist(), rows, strict=True))
+        ]
+        second = (self.decide.weight, self.decide.bias)
+        mean = x.new_full((pixels,), 1 / pixels)
+        return Held(mean, self.reduce.weight, self.reduce.bias, gates, second, versions(second))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PooledHead:
+        self._held = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Held(NamedTuple):
+    """What a head needs for a single example, looked up once.
+
+    Attributes:
+        mean: `(H W,)` weights of the average.
+        weight, bias: of the first layer.
+        gates: bias and weights of each gate's second layer.
+        second: the parameters that these came from, and how often they had been written to.
+    """
+
+    mean: Tensor
+    weight: Tensor
+    bias: Tensor
+    gates: list[tuple[float, list[float]]]
+    second: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+
+def versions(values: Sequence[Tensor]) -> tuple[int, ...]:
+    """How often each was written to: what was made of it before is out of date when that rises."""
+    return tuple([0 if value.is_inference() else value._version for value in values])
+
+
+class RecallingHead(Head):
+    """Gates that see each other's tentative decisions: all are computed, those asked for are corrected and returned.
+
+    Args:
+        gates: with a memory, in evaluation mode.
+        columns: of its gates that are decided.
+    """
+
+    columns: Tensor
+
+    def __init__(self, gates: ConditionalGates, columns: Sequence[int]) -> None:
+        super().__init__()
+        assert gates.recall is not None
+        first, norm, _, last = gates.recall
+        assert isinstance(last, nn.Linear)
+        self.tentative = PooledHead(gates, range(gates.count))
+        self.recall = fuse_linear_bn_eval(cast(nn.Linear, first), cast(nn.BatchNorm1d, norm))
+        self.correct = linear(last.weight.detach()[list(columns)], last.bias.detach()[list(columns)])
+        self.register_buffer("columns", torch.tensor(list(columns)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, channels, H, W)` features to `(B, n)` logits."""
+        values = self.tentative(x)
+        corrected: Tensor = values.index_select(1, self.columns) + self.correct(torch.relu(self.recall(values)))
+        return corrected
+
+
+class ExitHead(Head):
+    """What `ExitGates` compute, as one logit.
+
+    Args:
+        gates: in evaluation mode.
+        threshold: taken off the logit.
+    """
+
+    def __init__(self, gates: ExitGates, threshold: float) -> None:
+        super().__init__()
+        weight, bias = gates.decide.weight, gates.decide.bias
+        self.features = fold_inside(gates.features)
+        self.decide = linear(weight[1:] - weight[:1], bias[1:] - bias[:1] - threshold)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, channels, H, W)` features to `(B, 1)` logits."""
+        logits: Tensor = self.decide(self.features(x))
+        return logits
+
+
+class SelectedHead(Head):
+    """Some of the logits that a head of another kind computes.
+
+    Args:
+        head: in evaluation mode.
+        columns: of its gates that are decided.
+        threshold: taken off each logit.
+    """
+
+    columns: Tensor
+
+    def __init__(self, head: nn.Module, columns: Sequence[int], threshold: float) -> None:
+        super().__init__()
+        self.head, self.threshold = head, threshold
+        self.register_buffer("columns", torch.tensor(list(columns)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of the edge's start to `(B, n)` logits."""
+        logits: Tensor = self.head(x).index_select(1, self.columns) - self.threshold
+        return logits
+
+
+def narrowed_head(head: nn.Module, columns: Sequence[int], tau: float) -> Head:
+    """A copy of what decides an edge's gates that computes some of them, batch norms folded.
+
+    Args:
+        head: maps features to a logit for each of its gates.
+        columns: of its gates that are to be decided.
+        tau: probability above which a gate is open.
+
+    Returns:
+        Maps features to `(B, n)` values > 0 where a gate is open: logits less that of `tau`.
+    """
+    threshold = math.log(tau / (1 - tau)) if 0 < tau < 1 else math.copysign(math.inf, tau - 0.5)
+    head = copy.deepcopy(head).eval()
+    if type(head) is ConditionalGates:
+        pooled = RecallingHead(head, columns) if head.recall is not None else PooledHead(head, columns)
+        last = pooled.correct if isinstance(pooled, RecallingHead) else pooled.decide
+        with torch.no_grad():
+            last.bias.sub_(threshold)
+        return pooled
+    if type(head) is ExitGates:
+        return ExitHead(head, threshold)
+    return SelectedHead(fold_inside(head), columns, threshold)
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """The linear layer of these `(out, in)` weights and `(out,)` biases."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight, layer.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+    return layer

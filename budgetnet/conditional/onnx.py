@@ -1,0 +1,453 @@
+"""A conditional network as an ONNX file for one example, in which what is closed lies in a branch that is not run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from itertools import count, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from budgetnet.conditional.bodies import Body, Pattern, Step, run_steps
+from budgetnet.conditional.branches import Branch
+from budgetnet.conditional.network import ConditionalNetwork
+from budgetnet.errors import ConfigError
+from budgetnet.export import _quiet, difference, load
+
+TOLERANCE = 1e-3
+"""Largest difference, relative to the largest output, of a file from its network."""
+
+
+def export_conditional(network: ConditionalNetwork, path: str | Path, example: Tensor, *, branches: int = 8) -> Path:
+    """Writes a network to an ONNX file that takes one example and runs what its gates open.
+
+    Each edge that may be closed is a branch of an `If`, and so is all that lies behind an exit. Channel groups of an
+    edge become a branch for each combination of the open ones where there are few combinations; otherwise they are
+    computed and multiplied by 0 or 1, as many small convolutions take longer than the one they are cut from.
+    A branch holds its own weights: the runtime brings only those into the layout it computes in.
+
+    Args:
+        network: stays as it is.
+        path: where to, ends in .onnx.
+        example: `(B, C, H, W)` real examples, on each of which the file is compared with the network.
+        branches: largest number of combinations of an edge's groups that are written as branches; n groups that are
+            decided on take 2^n and hold the edge's weights up to 2^(n - 1) times. 1 for none.
+
+    Raises:
+        ConfigError: the path ends in something else, a layer cannot be written, or the file does not compute what
+            the network computes; there is no file then.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ConfigError(f"a conditional network is exported to a .onnx file, got {path.name!r}")
+    if not len(example):
+        raise ConfigError("exporting a conditional network takes an example or more, got none")
+    example = example.detach().cpu().float()
+    network = copy.deepcopy(network).cpu().float()
+    expected = network(example)
+    part = path.with_name(path.name + ".part.onnx")
+    try:
+        onnx.save(written(network, branches), str(part))
+        run = load(part)
+        apart = difference(lambda x: torch.cat([run(row[None]) for row in x]), lambda x: expected, example)
+        if not apart <= TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise ConfigError(f"the exported network must give the network's outputs, got {apart:.3g} apart")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def written(network: ConditionalNetwork, branches: int) -> onnx.ModelProto:
+    """The model of a network on the CPU, in float32."""
+    writer = Writer(network, branches)
+    scope = Scope(writer.names)
+    output = writer.go_on(scope, place=0, exit=0, known={network.source: Known("x")})
+    name = scope.node("Identity", [output], output="y")
+    shape = [1, *network.shapes[network.sink]]
+    graph = helper.make_graph(
+        scope.nodes,
+        "ConditionalNetwork",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, *network.shapes[network.source]])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
+        scope.weights,
+    )
+    model = helper.make_model(graph, opset_imports=writer.opset, producer_name="budgetnet", ir_version=writer.ir)
+    onnx.checker.check_model(model)
+    return model
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an exported graph: the nodes between its inputs and its output, and their weights."""
+
+    inputs: tuple[str, ...]
+    output: str
+    nodes: list[onnx.NodeProto]
+    weights: list[onnx.TensorProto]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A node's value in the graph.
+
+    Attributes:
+        name: of the tensor.
+        reached: name of the `(1, 1)` bool that says whether the example came here, None for always.
+        positive: a ReLU would change nothing.
+    """
+
+    name: str
+    reached: str | None = None
+    positive: bool = False
+
+
+class Scope:
+    """A graph that is being written: the whole, or a branch.
+
+    Args:
+        names: numbers for names, none twice in the whole model.
+    """
+
+    def __init__(self, names: Iterator[int]) -> None:
+        self.names = names
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+
+    def node(self, kind: str, inputs: Sequence[str], *, output: str | None = None, **attributes: Any) -> str:
+        """Adds a node and names its output."""
+        name = output or f"{kind.lower()}_{next(self.names)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
+        return name
+
+    def split(self, value: str, sizes: Sequence[int]) -> list[str]:
+        """Cuts the columns of a `(1, n)` tensor into parts and names them."""
+        if len(sizes) == 1:
+            return [value]
+        names = [f"part_{next(self.names)}" for _ in sizes]
+        self.nodes.append(helper.make_node("Split", [value, self.constant(np.array(sizes, np.int64))], names, axis=1))
+        return names
+
+    def constant(self, values: np.ndarray[Any, Any]) -> str:
+        """Adds an array and names it."""
+        name = f"constant_{next(self.names)}"
+        self.weights.append(numpy_helper.from_array(values, name))
+        return name
+
+    def call(self, piece: Piece, inputs: Sequence[str]) -> str:
+        """Adds a copy of a piece, with names of its own, and names its output."""
+        names = dict(zip(piece.inputs, inputs, strict=True))
+        for weight in piece.weights:
+            new = onnx.TensorProto()
+            new.CopyFrom(weight)
+            new.name = names[weight.name] = f"weight_{next(self.names)}"
+            self.weights.append(new)
+        for node in piece.nodes:
+            fresh = onnx.NodeProto()
+            fresh.CopyFrom(node)
+            del fresh.input[:], fresh.output[:]
+            fresh.name = ""
+            fresh.input.extend(names[name] if name else "" for name in node.input)
+            for name in node.output:
+                names[name] = f"{node.op_type.lower()}_{next(self.names)}" if name else ""
+            fresh.output.extend(names[name] if name else "" for name in node.output)
+            self.nodes.append(fresh)
+        return names[piece.output]
+
+    def choose(self, condition: str, then: Callable[[Scope], str], otherwise: Callable[[Scope], str]) -> str:
+        """Adds an `If` whose branches are written by the two functions, which name their output."""
+        graphs = []
+        for write in (then, otherwise):
+            scope = Scope(self.names)
+            output = write(scope)
+            if output not in {name for node in scope.nodes for name in node.output}:
+                output = scope.node("Identity", [output])  # a branch has to make what it gives
+            value = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
+            graphs.append(helper.make_graph(scope.nodes, f"branch_{next(self.names)}", [], [value], scope.weights))
+        return self.node("If", [condition], then_branch=graphs[0], else_branch=graphs[1])
+
+
+class Frozen(nn.Module):
+    """A body on the channels of one pattern, its weights copied.
+
+    Args:
+        body: from which.
+        pattern: groups that are open.
+    """
+
+    def __init__(self, body: Body, pattern: Pattern) -> None:
+        super().__init__()
+        self.reads: Tensor | None
+        self.writes: Tensor | None
+        variant = body.variant(pattern)
+        self.channels = body.channels
+        self.kinds = [(step.kind, step.options) for step in variant.steps]
+        self.layers = nn.ModuleList(step.layer or nn.Identity() for step in variant.steps)
+        for name, values in (("reads", variant.reads), ("writes", variant.writes)):
+            self.register_buffer(name, values)
+        for place, step in enumerate(variant.steps):
+            for name, values in (("weight", step.weight), ("bias", step.bias)):
+                self.register_buffer(f"{name}{place}", None if values is None else values.detach().clone())
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """`(1, ...)` and, where channels are masked, the `(1, n)` decisions."""
+        steps = [
+            Step(kind, layer, getattr(self, f"weight{place}"), getattr(self, f"bias{place}"), options)
+            for place, ((kind, options), layer) in enumerate(zip(self.kinds, self.layers, strict=True))
+        ]
+        if self.reads is not None:
+            x = x.index_select(1, self.reads)
+        x, _ = run_steps(steps, x, False, table)
+        if self.writes is not None:
+            x = x.new_zeros(len(x), self.channels, *x.shape[2:]).index_copy(1, self.writes, x)
+        return x
+
+
+class Pieces(nn.Module):
+    """Modules side by side, each on an input of its own, to be exported together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList()
+        self.shapes: list[tuple[tuple[int, ...], ...]] = []
+
+    def add(self, module: nn.Module, *shapes: Sequence[int]) -> int:
+        """Notes a module and the shapes of what it takes; its number."""
+        self.parts.append(module)
+        self.shapes.append(tuple((1, *shape) for shape in shapes))
+        return len(self.parts) - 1
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Each part on its own inputs."""
+        given = iter(values)
+        return tuple(part(*[next(given) for _ in shapes]) for part, shapes in zip(self.parts, self.shapes, strict=True))
+
+    def exported(self) -> tuple[list[Piece], onnx.ModelProto]:
+        """Each part as a piece of a graph, and the model that they come from.
+
+        Raises:
+            ConfigError: the exporter cannot write a part.
+        """
+        examples = tuple(torch.randn(shape) for shapes in self.shapes for shape in shapes)
+        names = [f"in_{place}" for place in range(len(examples))]
+        ends = [f"out_{place}" for place in range(len(self.parts))]
+        try:
+            with _quiet(), torch.no_grad():
+                program = torch.export.export(self.eval(), examples)
+                done = torch.onnx.export(program, (), input_names=names, output_names=ends, dynamo=True, verbose=False)
+        except Exception as error:  # the exporter has classes of its own for whatever it does not know
+            raise ConfigError(f"a layer cannot be written to ONNX: {str(error).strip().splitlines()[0]}") from error
+        assert done is not None
+        model = done.model_proto
+        given = iter(names)
+        taken = [tuple(next(given) for _ in shapes) for shapes in self.shapes]
+        return [cut_out(model.graph, own, end) for own, end in zip(taken, ends, strict=True)], model
+
+
+def cut_out(graph: onnx.GraphProto, inputs: tuple[str, ...], output: str) -> Piece:
+    """The nodes that lead from some inputs to an output."""
+    weights = {weight.name: weight for weight in graph.initializer}
+    needed, nodes, held = {output}, [], []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            if any(
+                attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+                for attribute in node.attribute
+            ):
+                raise ConfigError(f"a layer with control flow of its own cannot be written, got {node.op_type}")
+            nodes.append(node)
+            needed.update(node.input)
+    held = [weight for name, weight in weights.items() if name in needed]
+    return Piece(inputs, output, nodes[::-1], held)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an edge's gates say, as names of tensors.
+
+    Attributes:
+        condition: `(1, 1)` bool, whether the example takes the edge; None for always.
+        bits: `(1, 1)` bool of each channel group, where they choose a branch.
+        table: `(1, n)` bool of all groups, where they mask.
+    """
+
+    condition: str | None
+    bits: tuple[str, ...] = ()
+    table: str | None = None
+
+
+class Writer:
+    """Writes a network's graph, edge by edge.
+
+    Args:
+        network: on the CPU, in float32.
+        branches: as `export_conditional` has them.
+    """
+
+    def __init__(self, network: ConditionalNetwork, branches: int) -> None:
+        self.network, self.branches, self.names = network, branches, count()
+        pieces, shapes = Pieces(), network.shapes
+        places: dict[tuple[str, str, Pattern], int] = {}
+        for edge in network.edges:
+            if edge.head is not None:
+                places["head", edge.name, ()] = pieces.add(edge.head, shapes[edge.start])
+            if edge.body.passes:
+                continue
+            for pattern in self._patterns(edge):
+                places["body", edge.name, pattern] = pieces.add(Frozen(edge.body, pattern), shapes[edge.start])
+            if not self._patterns(edge):
+                whole = Frozen(edge.body, edge.body.full)
+                places["masked", edge.name, ()] = pieces.add(whole, shapes[edge.start], (edge.body.groups,))
+        for node in network.order[1:]:
+            if type(network.activations[node]) is not nn.Identity:
+                places["activation", str(node), ()] = pieces.add(network.activations[node], shapes[node])
+        done, model = pieces.exported()
+        self.opset = [opset for opset in model.opset_import if opset.domain == ""]
+        self.ir = model.ir_version
+        self.pieces = {key: done[place] for key, place in places.items()}
+
+    def go_on(self, scope: Scope, place: int, exit: int, known: Mapping[int, Known]) -> str:
+        """Writes what is left of the network.
+
+        Args:
+            scope: where to.
+            place: of the next node in their order.
+            exit: the next exit of that node.
+            known: nodes that are written.
+
+        Returns:
+            The name of the output.
+        """
+        known = dict(known)
+        for at in range(place, len(self.network.order)):
+            node = self.network.order[at]
+            if node not in known:
+                known[node] = self._enter(scope, node, known)
+            exits = self.network.exits[node]
+            for number in range(exit if at == place else 0, len(exits)):
+                asked = self._asked(scope, exits[number], known[node])
+                leave = partial(self._leave, exits[number], known[node], asked)
+                if asked.condition is None:
+                    return leave(scope)
+                stay = partial(self.go_on, place=at, exit=number + 1, known=known)
+                return scope.choose(asked.condition, leave, stay)
+        return known[self.network.sink].name
+
+    def _leave(self, edge: Branch, start: Known, asked: Asked, scope: Scope) -> str:
+        return self._activated(scope, self.network.sink, self._body(scope, edge, start, asked))
+
+    def _enter(self, scope: Scope, node: int, known: Mapping[int, Known]) -> Known:
+        """Writes the value of a node: the edges that are always taken, then an `If` for each of the others."""
+        total: str | None = None
+        settled = False  # whether the total is a value that a ReLU has passed and would not change
+        choices: list[tuple[Branch, Asked]] = []
+        entering = self.network.entering[node]
+        for edge in entering:
+            asked = self._asked(scope, edge, known[edge.start])
+            if asked.condition is None:
+                value = self._body(scope, edge, known[edge.start], asked)
+                settled = total is None and edge.body.passes and known[edge.start].positive
+                total = value if total is None else scope.node("Add", [total, value])
+            else:
+                choices.append((edge, asked))
+        rectifies = type(self.network.activations[node]) is nn.ReLU
+        for number, (edge, asked) in enumerate(choices):
+            last = node if number == len(choices) - 1 else None
+            pass_by = partial(self._pass_by, node, total, None if settled and rectifies else last)
+            take = partial(self._take, edge, known[edge.start], asked, total, last)
+            assert asked.condition is not None
+            total, settled = scope.choose(asked.condition, take, pass_by), False
+        if not choices:
+            total = self._pass_by(node, total, None if settled and rectifies else node, scope)
+        assert total is not None
+        reached = None
+        if len(choices) == len(entering):
+            conditions = [asked.condition for _, asked in choices if asked.condition is not None]
+            never = [] if conditions else [scope.constant(np.zeros((1, 1), np.bool_))]
+            reached = reduce(lambda one, other: scope.node("Or", [one, other]), conditions + never)
+        return Known(total, reached, rectifies)
+
+    def _take(self, edge: Branch, start: Known, asked: Asked, total: str | None, node: int | None, scope: Scope) -> str:
+        """Adds what an edge brings, and activates the sum if this is the last into the node."""
+        value = self._body(scope, edge, start, asked)
+        value = value if total is None else scope.node("Add", [value, total])
+        return value if node is None else self._activated(scope, node, value)
+
+    def _pass_by(self, node: int, total: str | None, activate: int | None, scope: Scope) -> str:
+        """The sum as it is, zero where nothing was added, activated if nothing more comes into the node."""
+        if total is None:
+            total = scope.constant(np.zeros((1, *self.network.shapes[node]), np.float32))
+        return total if activate is None else self._activated(scope, activate, total)
+
+    def _activated(self, scope: Scope, node: int, value: str) -> str:
+        piece = self.pieces.get(("activation", str(node), ()))
+        return value if piece is None else scope.call(piece, [value])
+
+    def _body(self, scope: Scope, edge: Branch, start: Known, asked: Asked) -> str:
+        """Writes what is on an edge."""
+        if edge.body.passes:
+            return start.name
+        if asked.table is not None:
+            table = scope.node("Cast", [asked.table], to=TensorProto.FLOAT)
+            return scope.call(self.pieces["masked", edge.name, ()], [start.name, table])
+        return self._tree(edge, start, asked, (), scope)
+
+    def _tree(self, edge: Branch, start: Known, asked: Asked, pattern: Pattern, scope: Scope) -> str:
+        """A branch for each combination of groups that continues `pattern`; those that close a site do not occur."""
+        if len(pattern) == edge.body.groups:
+            return scope.call(self.pieces["body", edge.name, pattern], [start.name])
+        patterns = self._patterns(edge)
+        ways = [
+            partial(self._tree, edge, start, asked, (*pattern, is_open))
+            for is_open in (True, False)
+            if any(known[: len(pattern) + 1] == (*pattern, is_open) for known in patterns)
+        ]
+        if len(ways) == 1:
+            return ways[0](scope)
+        return scope.choose(asked.bits[len(pattern)], *ways)
+
+    def _patterns(self, edge: Branch) -> list[Pattern]:
+        """Combinations of an edge's groups that become branches; none where they are masked."""
+        if 2**edge.body.groups > max(1, self.branches):
+            return []
+        return [pattern for pattern in product((True, False), repeat=edge.body.groups) if edge.body.alive(pattern)]
+
+    def _asked(self, scope: Scope, edge: Branch, start: Known) -> Asked:
+        """Writes what decides on an edge."""
+        if edge.head is None:
+            return Asked(start.reached)
+        values = scope.call(self.pieces["head", edge.name, ()], [start.name])
+        bits = scope.node("Greater", [values, scope.constant(np.zeros((), np.float32))])
+        groups, conditions = edge.body.groups, [] if start.reached is None else [start.reached]
+        if not groups:
+            conditions.append(bits)
+            return Asked(self._all(scope, conditions))
+        masked = not self._patterns(edge)
+        sizes = [1] * edge.own + ([groups] if masked else [1] * groups)
+        parts = scope.split(bits, sizes)
+        if edge.own:
+            conditions.append(parts.pop(0))
+        for owners in edge.body.owners:
+            if groups in owners:
+                continue  # a channel is always open
+            needed = sorted(set(owners))
+            if masked:
+                places = scope.constant(np.array([place + edge.own for place in needed], np.int64))
+                largest = scope.node("ReduceMax", [scope.node("Gather", [values, places], axis=1)], keepdims=1)
+                conditions.append(scope.node("Greater", [largest, scope.constant(np.zeros((), np.float32))]))
+            else:
+                conditions.append(reduce(lambda one, other: scope.node("Or", [one, other]), [parts[i] for i in needed]))
+        condition = self._all(scope, conditions)
+        return Asked(condition, table=parts[0]) if masked else Asked(condition, bits=tuple(parts))
+
+    @staticmethod
+    def _all(scope: Scope, conditions: Sequence[str]) -> str | None:
+        return reduce(lambda one, other: scope.node("And", [one, other]), conditions) if conditions else None

@@ -1,0 +1,69 @@
+"""Costs that count choices: open gates and used layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from budgetnet.costs.additive import EdgeCost, edge_cost
+from budgetnet.supernet import Shape, SuperNetwork
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Open gates, each of the same weight: the activation of Herrmann et al., Eq. 1, times the number of gates.
+
+    An edge's gate is open where the edge is used, a channel group's where it is kept and its edge is used.
+    """
+
+    key: ClassVar[str] = "activation"
+    unit: ClassVar[str] = "gate"
+
+    def bind(self, network: SuperNetwork) -> OpenGates:
+        """The cost of this network's architectures."""
+        edges = len(network.graph.edges)
+        owners = [*range(edges), *(site.edge for site in network.sites for _ in range(*site.units))]
+        gated = [unit for unit, column in enumerate(network.gate_of) if column is not None]
+        return OpenGates(torch.tensor(gated, dtype=torch.int64), torch.tensor(owners)[gated], edges)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenGates:
+    """How many gated units are open.
+
+    Attributes:
+        units: `(n,)` units that have a gate.
+        owners: `(n,)` edge that each belongs to.
+        edges: number of edges E.
+    """
+
+    units: Tensor
+    owners: Tensor
+    edges: int
+    unit: ClassVar[str] = "gate"
+
+    def __call__(self, used: Tensor) -> Tensor:
+        """Maps `(B, U)` used units to `(B,)` float64 numbers of open gates, differentiably."""
+        inside = (self.units >= self.edges).to(used.device)
+        own = used[:, self.units]
+        return torch.where(inside, own * used[:, self.owners], own).to(torch.float64).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Convolutions and linear layers on used edges: the "layers used" of early exits (Herrmann et al., section 5)."""
+
+    key: ClassVar[str] = "layers"
+    unit: ClassVar[str] = "layer"
+
+    def bind(self, network: SuperNetwork) -> EdgeCost:
+        """The cost of this network's architectures."""
+
+        def count(module: nn.Module, shape: Shape) -> int:
+            return sum(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules())
+
+        cost = edge_cost(network, count, self.unit)
+        return EdgeCost(cost.graph, cost.per_edge, cost.per_addition, cost.per_node, cost.unit)

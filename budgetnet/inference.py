@@ -1,0 +1,242 @@
+"""How a network with gates is run once it is learned, and what that costs on real data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from budgetnet.budgets import BoundBudget, CostModel
+from budgetnet.errors import ConfigError, UnreachableBudget
+from budgetnet.evaluation import Examples, evaluate
+from budgetnet.sites import AlwaysOn, Policy, Sample, Threshold
+from budgetnet.supernet import SuperNetwork
+
+POLICIES = ("threshold", "stochastic", "always-on", "ensemble")
+
+LARGEST = 30.0
+"""Logit beyond which a threshold is not looked for."""
+
+Forward = Callable[[SuperNetwork, Tensor, Policy], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A way to decide the gates when predicting.
+
+    Attributes:
+        policy: "threshold": open where the probability is greater than tau; "stochastic": drawn for each
+            example; "always-on": all open; "ensemble": the mean prediction of `runs` stochastic ones.
+        tau: of the threshold, in [0, 1].
+        runs: of the ensemble, >= 1.
+        seed: of what is drawn.
+
+    Raises:
+        ConfigError: the policy is unknown, or a number outside its range.
+
+    Source: Herrmann et al., sections 3.3 and S2.2.
+    """
+
+    policy: str = "threshold"
+    tau: float = 0.5
+    runs: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"policy must be {' or '.join(POLICIES)}, got {self.policy!r}")
+        if not isinstance(self.runs, int) or self.runs < 1:
+            raise ConfigError(f"runs must be a whole number >= 1, got {self.runs!r}")
+        Threshold(self.tau)
+
+    def deciders(self, examples: int, generator: torch.Generator) -> list[Policy]:
+        """The policy of each run on a batch."""
+        if self.policy == "threshold":
+            return [Threshold(self.tau)]
+        if self.policy == "always-on":
+            return [AlwaysOn()]
+        return [Sample(examples, generator)] * (self.runs if self.policy == "ensemble" else 1)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was seen on a set of examples.
+
+    Attributes:
+        quality: as `evaluate` gives it.
+        costs: mean cost of an example by name; an ensemble's runs add up.
+        rates: share of examples on which each of the G gates was open.
+    """
+
+    quality: dict[str, float]
+    costs: dict[str, float]
+    rates: list[float]
+
+
+@torch.no_grad()
+def observe(
+    network: SuperNetwork,
+    inference: Inference,
+    examples: Examples,
+    *,
+    classes: int,
+    ignore: int | None = None,
+    models: Mapping[str, CostModel] | None = None,
+    forward: Forward | None = None,
+) -> Observed:
+    """Runs a network over examples, and sees how good it is and what it computes.
+
+    Args:
+        network: in evaluation mode.
+        inference: decides the gates.
+        examples: batches of inputs and class indices.
+        classes: number of classes.
+        ignore: class index left out, None for none.
+        models: costs of this network, by name.
+        forward: runs the network, None for in float32.
+    """
+    generator = torch.Generator(network.gates.values.device).manual_seed(inference.seed)
+    totals = dict.fromkeys(models or {}, 0.0)
+    opened = torch.zeros(network.gate_count, dtype=torch.float64)
+    seen = runs = 0
+
+    def predict(x: Tensor) -> Tensor:
+        nonlocal seen, runs
+        deciders = inference.deciders(len(x), generator)
+        predictions = []
+        for policy in deciders:
+            output, kept = forward(network, x, policy) if forward else network(x, policy)
+            used = network.used(kept)
+            for name, model in (models or {}).items():
+                totals[name] += float(model(used).mean()) * len(x)
+            opened.add_(kept.double().mean(dim=0).cpu() * len(x))
+            predictions.append(output.float())
+        seen, runs = seen + len(x), len(deciders)
+        if runs == 1:
+            return predictions[0]
+        return torch.stack([output.softmax(dim=1) for output in predictions]).mean(dim=0).log()
+
+    quality = evaluate(predict, examples, classes=classes, ignore=ignore)
+    costs = {name: total / seen for name, total in totals.items()}
+    return Observed(quality, costs, (opened / (seen * max(runs, 1))).tolist())
+
+
+def fitting_threshold(
+    budgets: Sequence[BoundBudget], look: Callable[[float], Observed], *, steps: int = 12
+) -> tuple[float, Observed]:
+    """The threshold nearest to 1/2 at which the expected costs keep every budget.
+
+    A higher one closes gates, which costs less; of exits a lower one takes more of them, which costs less too. Both
+    sides are halved towards 1/2, as logits, and only what was seen to fit is returned.
+
+    Args:
+        budgets: "at most" limits; targets are not searched for.
+        look: what is seen at a threshold; its costs have the budgets' names.
+        steps: halvings of each side.
+
+    Raises:
+        UnreachableBudget: neither end keeps them.
+    """
+
+    def over(observed: Observed) -> float:
+        """The largest cost over its limit."""
+        return max((observed.costs[b.name] / b.limit for b in budgets if b.upper), default=0.0)
+
+    def share(logit: float) -> float:
+        """The probability of a logit."""
+        return 1 / (1 + math.exp(-logit))
+
+    found: list[tuple[float, float, Observed]] = []
+    middle = look(0.5)
+    if over(middle) <= 1:
+        return 0.5, middle
+    ends = {end: look(share(end)) for end in (LARGEST, -LARGEST)}
+    for end, seen in ends.items():
+        if over(seen) > 1:
+            continue
+        outside, inside, best = 0.0, end, seen
+        for _ in range(steps):
+            between = (outside + inside) / 2
+            now = look(share(between))
+            if over(now) <= 1:
+                inside, best = between, now
+            else:
+                outside = between
+        found.append((abs(inside), share(inside), best))
+    if not found:
+        least = min(ends.values(), key=over)
+        worst = max((b for b in budgets if b.upper), key=lambda b: least.costs[b.name] / b.limit)
+        raise UnreachableBudget(
+            f"{worst.name} must be at most {worst.limit:.6g} {worst.unit}, but at the threshold of the gates that "
+            f"costs least the network takes {least.costs[worst.name]:.6g}"
+        )
+    _, tau, best = min(found, key=lambda one: one[0])
+    return tau, best
+
+
+@torch.no_grad()
+def exit_table(
+    network: SuperNetwork, tau: float, examples: Examples, forward: Forward
+) -> list[dict[str, str | float | None]]:
+    """How good each exit is, and on which examples it is taken.
+
+    Args:
+        network: with exits, in evaluation mode; the last row is for what takes none.
+        tau: threshold of the gates.
+        examples: batches of inputs and `(B,)` class indices.
+        forward: runs the network.
+
+    Returns:
+        For each exit, in order, and for the end `{"name", "share", "accuracy_all", "accuracy_chosen"}`: the
+        share of examples it classifies, the accuracy had it classified all, and that on its own (None
+        where it has none).
+
+    Source: Herrmann et al., Figure 7.
+    """
+    order = [edge for edge in network.visits if edge in network.exits]
+    columns = [column for edge in order if (column := network.gate_of[edge]) is not None]
+    names = [network.edge_names[edge] for edge in order] + ["end"]
+    seen = 0
+    right = torch.zeros(len(names), dtype=torch.float64)
+    chosen, chosen_right = torch.zeros_like(right), torch.zeros_like(right)
+    for x, y in examples:
+        _, kept = forward(network, x, Threshold(tau))
+        open_exits = kept[:, columns] > 0.5
+        taken = torch.where(open_exits.any(dim=1), open_exits.float().argmax(dim=1), len(columns))
+        for place in range(len(names)):
+            forced = kept.clone()
+            forced[:, columns] = 0
+            if place < len(columns):
+                forced[:, columns[place]] = 1
+            output, _ = forward(network, x, Given(forced))
+            hits = output.argmax(dim=1) == y
+            mine = taken == place
+            right[place] += float(hits.sum())
+            chosen[place] += float(mine.sum())
+            chosen_right[place] += float((hits & mine).sum())
+        seen += len(x)
+    return [
+        {
+            "name": name,
+            "share": float(chosen[place]) / seen,
+            "accuracy_all": float(right[place]) / seen,
+            "accuracy_chosen": float(chosen_right[place] / chosen[place]) if chosen[place] else None,
+        }
+        for place, name in enumerate(names)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The given decisions, `(B, G)`, of gates that look at the input: everything is computed, as for `Threshold`."""
+
+    kept: Tensor
+    blind: ClassVar[bool] = False
+
+    def __call__(self, logits: Tensor, columns: slice) -> Tensor:
+        """The given decisions at this site."""
+        return self.kept[:, columns].to(logits)

@@ -1,0 +1,137 @@
+"""What the spaces of residual branches share: where gates stand in a branch, and what decides them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from budgetnet.errors import ConfigError
+from budgetnet.gated import ChannelGate, GatedSequential
+from budgetnet.sites import ConditionalGates
+from budgetnet.spaces.checks import one_of
+from budgetnet.supernet import Edge
+
+Granularity = int | tuple[int, ...] | str
+
+ENDS = ("input", "output")
+"""The sites of a branch where it reads from and writes to what its shortcut passes on unchanged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gating:
+    """What can be closed in a residual branch, and what decides.
+
+    Attributes:
+        gates: "channels": groups of channels; "layers": the branch as a whole, `x + Z f(x)` (S4.1);
+            "both", or "none".
+        where: the channels that have gates, "hidden": those between the branch's convolutions;
+            "ends": also those it reads from its input and writes to its output, while the
+            shortcut keeps all of them (S1.3, Figure 2).
+        conditional: gates look at the input of their branch.
+        logits: learned for each gate: 1, or 2 of which the difference counts (section 3.2).
+        memory: the conditional gates of a branch see each other's tentative decisions (S1.3).
+        lock: the hidden gates of identical branches are shared (S1.3).
+
+    Raises:
+        ConfigError: an option is outside its range, or asks something of gates that there are not.
+
+    Source: Herrmann et al., sections 3.2, 3.4, S1.3 and S4.1.
+    """
+
+    gates: str
+    where: str
+    conditional: bool
+    logits: int
+    memory: bool
+    lock: bool
+
+    def __post_init__(self) -> None:
+        one_of("gates", self.gates, ("channels", "layers", "both", "none"))
+        one_of("where", self.where, ("hidden", "ends"))
+        if self.logits not in (1, 2) or isinstance(self.logits, bool):
+            raise ConfigError(f"logits must be 1 or 2 for each gate, got {self.logits!r}")
+        if self.conditional and self.gates == "none":
+            raise ConfigError("conditional needs gates: channels, layers or both, got none")
+        if self.memory and not self.conditional:
+            raise ConfigError("memory is of gates that look at the input: expected conditional, got gates that do not")
+        if self.lock and self.conditional:
+            raise ConfigError("lock is of gates that do not look at the input, got conditional")
+        if self.lock and not self.channels:
+            raise ConfigError(f"lock needs gates on channels: channels or both, got {self.gates}")
+
+    @property
+    def channels(self) -> bool:
+        """Whether channels have gates."""
+        return self.gates in ("channels", "both")
+
+    @property
+    def layers(self) -> bool:
+        """Whether whole branches have gates."""
+        return self.gates in ("layers", "both")
+
+    def site(
+        self, name: str, channels: int, granularity: int, *, always_open: int = 0, alike: str | None = None
+    ) -> list[nn.Module]:
+        """The gate of that name in a branch, or nothing where none is asked for.
+
+        Args:
+            name: of the site; those in `ENDS` exist where the ends have gates.
+            channels: that arrive there.
+            granularity: channels a gate controls.
+            always_open: groups that no gate closes.
+            alike: name of the branches that share the gates of this site where they are locked, None for no other.
+        """
+        if not self.channels or (name in ENDS and self.where != "ends"):
+            return []
+        lock = f"{alike}.{name}" if self.lock and alike is not None else None
+        return [ChannelGate(channels, granularity, always_open=always_open, lock=lock, name=name)]
+
+    def edge(self, start: str, end: str, layers: Sequence[nn.Module], *, shortcut: bool = True) -> Edge:
+        """The edge of a residual branch.
+
+        Args:
+            start: node that the branch reads.
+            end: node that it is added to.
+            layers: of the branch, its gates among them.
+            shortcut: whether an edge beside it remains where the branch is closed.
+        """
+        sites = [layer for layer in layers if isinstance(layer, ChannelGate)]
+        choice = self.layers and shortcut
+        decided = choice + sum(site.groups - site.always_open for site in sites)
+        return Edge(
+            start=start,
+            end=end,
+            module=GatedSequential(*layers) if sites else nn.Sequential(*layers),
+            name=f"{end}.block",
+            kind="block",
+            fixed=not choice,
+            gate=self._head() if self.conditional and decided else None,
+        )
+
+    def _head(self) -> Callable[[int, int], nn.Module]:
+        return partial(ConditionalGates, pairs=self.logits == 2, memory=self.memory)
+
+
+def granularities(given: Granularity, parts: int, part: str, *, paper: bool) -> tuple[int, ...]:
+    """Channels a gate controls, one number for each part of a network.
+
+    Args:
+        given: one number for all parts, or one for each.
+        parts: how many there are.
+        part: what one is called.
+        paper: whether "paper" is a setting, which the caller has looked up before.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    values = tuple(given) if isinstance(given, tuple | list) else (given,) * parts
+    whole = [value for value in values if isinstance(value, int) and not isinstance(value, bool) and value >= 1]
+    if len(values) != parts or len(whole) < parts:
+        setting = ", 'paper'," if paper else ""
+        raise ConfigError(
+            f"granularity must be a whole number >= 1{setting} or {parts} of them, one for each {part}, got {given!r}"
+        )
+    return tuple(whole)
