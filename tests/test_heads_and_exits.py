@@ -263,6 +263,7 @@ def test_deciding_costs_something_where_it_is_counted(pairs: bool, memory: bool)
     assert plain["macs"] == float(without(used))
     learned = sum(value.numel() for value in network.heads.parameters())
     assert plain["params"] + learned == float(Params().bind(network)(used))
+    assert plain["params"] == float(Params(gates=False).bind(network)(used))
 
 
 def test_an_exit_decides_before_what_it_spares():

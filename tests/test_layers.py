@@ -10,33 +10,9 @@ import pytest
 import budgetnet
 
 LAYERS = (
-    *(
-        "errors",
-        "version",
-        "graph",
-        "sites",
-        "blocks",
-        "gated",
-        "supernet",
-        "spaces",
-        "weights",
-        "costs",
-        "objectives",
-        "budgets",
-    ),
-    *(
-        "data",
-        "options",
-        "extraction",
-        "conditional",
-        "export",
-        "evaluation",
-        "inference",
-        "selection",
-        "runs",
-        "architectures",
-        "measure",
-    ),
+    *("errors", "version", "graph", "sites", "blocks", "gated", "supernet", "spaces", "weights", "costs"),
+    *("objectives", "budgets", "data", "options", "extraction", "export", "conditional", "evaluation", "inference"),
+    *("selection", "runs", "architectures", "measure"),
     *("report", "training", "session", "delivery", "search", "console", "cli", "__init__", "__main__"),
 )
 """The one statement of the order; a folder is a layer, whose files may import one another."""

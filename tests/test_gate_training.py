@@ -1,0 +1,284 @@
+"""Learning gates on channels, layers and exits: estimators, penalties, targets, distillation, checkpoints."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import budgetnet as bn
+from budgetnet import objectives
+from budgetnet.errors import ConfigError
+from budgetnet.gated import memory_format
+from budgetnet.inference import Inference
+from budgetnet.runs import RunFolder
+from budgetnet.sites import AlwaysOn, Gumbel, log_prob
+from budgetnet.training import Learner, Sums
+
+small_resnet = partial(bn.spaces.resnet, depth=8, channels=4, image_size=8, in_channels=1)
+small_exits = partial(bn.spaces.densenet_exits, depth=10, growth=4, image_size=8, in_channels=1, exit_channels=8)
+
+
+def learner(space, *budgets: str, seed: int = 0, **options) -> Learner:
+    torch.manual_seed(seed)
+    network = space()
+    bound = [bn.Budget.parse(text).bind(network) for text in budgets or ("macs<=50%",)]
+    chosen = bn.SearchOptions(**{"precision": "float32"} | options)
+    return Learner(network, bound, chosen, ignore=None, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def step(one: Learner, phase: str = "search", *, seed: int = 0, progress: float = 1.0, epochs: float = 0.0) -> Sums:
+    sums, data = Sums(), torch.Generator().manual_seed(seed)
+    x, y = torch.randn(16, 1, 8, 8, generator=data), torch.randint(10, (16,), generator=data)
+    generator = torch.Generator().manual_seed(100 + seed)
+    one.step(x, y, phase, generator=generator, rate=0.05, progress=progress, sums=sums, epochs=epochs)
+    return sums
+
+
+def sampled(one: Learner, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of a batch, and the decisions that carry its gradient."""
+    data = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(16, 1, 8, 8, generator=data), torch.randint(10, (16,), generator=data)
+    output, kept = one.network(x, one.policy("search", 16, torch.Generator().manual_seed(100 + seed)))
+    return objectives.example_losses(output, y, None), kept
+
+
+def test_what_is_left_open_follows_from_what_has_gates():
+    assert bn.SearchOptions().resolved().estimator == "score"
+    gated = bn.SearchOptions().resolved(gated=True)
+    assert (gated.estimator, gated.gate_start, gated.finetune, gated.architectures) == ("gumbel", 2.0, 0.7, "example")
+    assert bn.SearchOptions(gate_start=1.0).resolved(gated=True).gate_start == 1.0
+    assert bn.SearchOptions().resolved(conditional=True, gated=True).finetune == 0
+    assert bn.SearchOptions(estimator="score").resolved(gated=True).architectures == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "score"}, "gates that look at the input are learned by the estimator gumbel, got score"),
+        ({"architectures": 4}, "gates that look at the input decide for each example, got 4"),
+        ({"finetune": 0.2}, "gates that look at the input leave nothing to fine-tune, got finetune 0.2"),
+    ],
+)
+def test_what_gates_that_look_at_the_input_cannot_do(options, message):
+    with pytest.raises(ConfigError, match=message):
+        bn.SearchOptions(**options).resolved(conditional=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", 0), ("temperature", True), ("target_every", 0), ("target_fall", -1), ("gate_decay", "much")),
+        *(("estimator", "reinforce"), ("penalty", "hinge"), ("target", "cosine"), ("distillation", -0.5)),
+    ],
+)
+def test_options_of_gates_are_checked_when_they_are_made(name, value):
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        bn.SearchOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("penalty", "expected"),
+    [
+        ("price", lambda cost, full, limit, kept: cost.mean() / limit - 1),
+        ("batch-activation", lambda cost, full, limit, kept: objectives.batch_activation(cost / full, limit / full)),
+        ("const-quad", lambda cost, full, limit, kept: objectives.const_quad(cost / full, limit / full)),
+        ("per-gate", lambda cost, full, limit, kept: objectives.per_gate(kept, limit / full)),
+    ],
+)
+def test_under_gumbel_loss_and_differentiable_costs_enter_as_they_are(penalty, expected):
+    """The objective and its gradient are those of the formula on the same sample."""
+    one = learner(small_resnet, penalty=penalty, price=3.0)
+    one.begin_search()
+    losses, kept = sampled(one)
+    value = one.search_objective(losses, kept, 1.0, 0.0, Sums())
+    (gradient,) = torch.autograd.grad(value, one.network.gates.values, retain_graph=True)
+    budget = one.budgets[0]
+    cost = budget.model(one.network.pathwise(kept))
+    by_hand = losses.mean() + 3.0 * expected(cost, budget.full, budget.limit, kept)
+    (reference,) = torch.autograd.grad(by_hand, one.network.gates.values)
+    torch.testing.assert_close(value, by_hand)
+    torch.testing.assert_close(gradient, reference)
+    assert gradient.abs().sum() > 0
+
+
+def test_a_cost_without_a_gradient_enters_through_the_score_function():
+    """Steps on 2 workers under Gumbel: the objective is the loss and the score function of the penalty alone."""
+    space = partial(bn.spaces.resnet_fabric, width=1, channels=4, image_size=8, in_channels=1)
+    one = learner(space, "steps:2<=60%", estimator="gumbel", architectures=4, price=2.0)
+    one.begin_search()
+    losses, kept = sampled(one)
+    assert kept.requires_grad
+    value = one.search_objective(losses, kept, 1.0, 0.0, Sums())
+    budget, hard = one.budgets[0], kept.detach()
+    penalty = 2.0 * budget.penalty(budget.model(one.network.used(hard)), budget.limit).float()
+    score = log_prob(one.network.gates.logits, hard, one.network.relevant(hard))
+    by_hand = losses.mean() + objectives.score_function_loss(torch.zeros(4), penalty, score)
+    gradients = [torch.autograd.grad(v, one.network.gates.values, retain_graph=True)[0] for v in (value, by_hand)]
+    torch.testing.assert_close(*gradients)
+    assert penalty.std() > 0
+    conditional = learner(partial(small_resnet, conditional=True), "steps:2<=90%")
+    conditional.begin_search()
+    with pytest.raises(ConfigError, match="a cost without a gradient needs gates that do not look at the input"):
+        step(conditional)
+
+
+def test_the_score_function_learns_channel_gates():
+    """REINFORCE on channels: several architectures a batch, each masked for its own examples."""
+    one = learner(small_resnet, estimator="score", architectures=4)
+    one.begin_search()
+    before = one.network.gates.logits.detach().clone()
+    sums = step(one)
+    assert sums.samples == 4
+    assert not torch.equal(one.network.gates.logits, before)
+
+
+def test_soft_gumbel_and_temperature_change_the_sample():
+    hard, soft = learner(small_resnet), learner(small_resnet, estimator="soft-gumbel")
+    warm = learner(small_resnet, estimator="soft-gumbel", temperature=5.0)
+    bits = [sampled(one)[1].detach() for one in (hard, soft, warm)]
+    assert set(bits[0].unique().tolist()) <= {0.0, 1.0}
+    assert ((bits[1] > 0) & (bits[1] < 1)).all()
+    assert torch.equal(bits[1] > 0.5, bits[0] > 0.5)  # the same noise
+    assert (bits[2] - 0.5).abs().mean() < (bits[1] - 0.5).abs().mean()
+
+
+def test_each_target_comes_down_in_its_own_way():
+    linear = learner(small_resnet)
+    linear.begin_search()
+    start, limit, full = linear.starts[0], linear.budgets[0].limit, linear.budgets[0].full
+    assert linear.limits(0.0) == [start]
+    assert linear.limits(0.5) == [pytest.approx((start + limit) / 2)]
+    stepped = learner(small_resnet, target="stepped", target_fall=0.2, target_every=2)
+    stepped.begin_search()
+    shares = [stepped.limits(0.0, epochs)[0] / full for epochs in (0, 1.9, 2, 4, 6, 60)]
+    assert shares == pytest.approx([1.0, 1.0, 0.8, 0.6, 0.5, 0.5])
+    for kind in ("moving", "exponential"):
+        one = learner(small_resnet, target=kind)
+        one.begin_search()
+        assert one.limits(0.0) == [limit]
+        sums = step(one)
+        rate = sums.costs[0] / sums.samples / full
+        followed = (0.5 + rate) / 2 if kind == "moving" else 0.9 * 0.5 + 0.1 * rate
+        assert one.limits(0.0) == [pytest.approx(followed * full)]
+        one.begin_epoch()
+        assert one.limits(0.0) == [limit]
+
+
+def test_weight_decay_of_gates_follows_the_rule():
+    assert learner(small_resnet).gate_optimizer.param_groups[0]["weight_decay"] == 0
+    one = learner(small_resnet, gate_decay="papers")
+    assert one.gate_optimizer.param_groups[0]["weight_decay"] == pytest.approx(20 / one.network.gate_count * 1e-4)
+    conditional = learner(partial(small_resnet, conditional=True), gate_decay=0.3)
+    assert {group["weight_decay"] for group in conditional.optimizer.param_groups} == {5e-4, 0.3}
+
+
+def test_the_last_layer_of_a_head_learns_slower_the_more_it_sums():
+    one = learner(small_exits, "layers<=80%")
+    one.begin_search()
+    step(one)
+    rates = {group["lr"] / 0.05 for group in one.optimizer.param_groups}
+    fan_in = next(iter(one.network.heads.values())).decide.weight[0].numel()
+    assert rates == {1.0, 1 / fan_in}
+
+
+def test_warm_up_teaches_every_way_out():
+    one = learner(small_exits, "layers<=80%")
+    ways = one.network.ways()
+    assert len(ways) == 3
+    full = one.network.used(one.network.architecture("full"))
+    assert torch.equal(one.network.used(ways[2:]), full)
+    exits = [edge for edge in one.network.visits if edge in one.network.exits]
+    assert [one.network.used(ways)[row, edge].item() for row, edge in enumerate(exits)] == [1, 1]
+    step(one, "warmup")
+    heads = [one.network.modules_on_edges[edge] for edge in exits]
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for head in heads for value in head.parameters())
+
+
+def test_the_full_network_teaches_its_samples_and_then_stands_still():
+    plain, taught = learner(small_resnet), learner(small_resnet, distillation=2.0)
+    for one in (plain, taught):
+        one.begin_search()
+        step(one)
+    weights = [torch.cat([v.flatten() for v in one.network.modules_on_edges.parameters()]) for one in (plain, taught)]
+    assert not torch.equal(*weights)
+    taught.choose((torch.rand(1, taught.network.gate_count) > 0.3).float())
+    assert taught.teacher is not None
+    before = {name: value.clone() for name, value in taught.teacher.named_parameters()}
+    step(taught, "finetune", seed=1)
+    assert all(torch.equal(value, before[name]) for name, value in taught.teacher.named_parameters())
+    assert not torch.equal(next(taught.network.modules_on_edges.parameters()), next(iter(before.values())))
+
+
+def test_distillation_is_the_divergence_from_the_full_network():
+    one = learner(small_resnet, distillation=2.0)
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+    output, _ = one.network(x, Gumbel(16, generator=torch.Generator().manual_seed(0)))
+    full, _ = one.network(x, AlwaysOn())
+    expected = nn.functional.cross_entropy(full, y) + 2.0 * objectives.distillation(output, full).mean()
+    torch.testing.assert_close(one._distillation(x, y, output, "search"), expected)
+
+
+@pytest.mark.parametrize(
+    ("space", "given"),
+    [
+        (small_resnet, {"distillation": 1.0}),
+        (small_resnet, {"target": "exponential"}),
+        (partial(small_resnet, logits=2), {"gate_decay": "papers"}),
+        (partial(small_resnet, conditional=True, memory=True), {}),
+        (small_exits, {"penalty": "const-quad"}),
+    ],
+)
+def test_a_checkpoint_of_gates_brings_everything_back_bit_for_bit(space, given, tmp_path):
+    first, second = learner(space, **given), learner(space, seed=1, **given)
+    first.begin_search()
+    for seed in range(2):
+        step(first, seed=seed)
+    if not first.network.heads:
+        first.choose(first.network.architecture("full"))
+    tensors, state = first.state()
+    RunFolder(tmp_path).save_checkpoint(tensors, state)
+    second.load_state(*RunFolder(tmp_path).load_checkpoint())
+    phase = "search" if first.network.heads else "finetune"
+    for again in range(2):
+        (tensors, state), (others, other) = first.state(), second.state()
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(value, others[name]) for name, value in tensors.items()), again
+        assert state == other
+        step(first, phase, seed=7)
+        step(second, phase, seed=7)
+
+
+def test_memory_keeps_clear_of_strided_convolutions_that_read_few_channels():
+    assert memory_format(bn.spaces.resnet_fabric(width=1, channels=16)) == torch.channels_last
+    assert memory_format(bn.spaces.resnet_fabric(width=1, channels=4)) == torch.contiguous_format
+    assert memory_format(nn.Conv2d(4, 8, 1)) == torch.channels_last
+
+
+@pytest.mark.parametrize("options", [{"conditional": True, "gates": "both", "granularity": 2}, {"gates": "both"}])
+def test_a_search_with_gates_keeps_its_budget_and_hands_over_what_it_found(options, tmp_path):
+    """Real digits, from the search to the file that onnxruntime runs."""
+    torch.manual_seed(0)
+    digits = bn.data.load("digits").subset(512, seed=0)
+    searching = bn.SearchOptions(epochs=6, candidates=2, validate_every=3)
+    found = bn.search(small_resnet(**options), digits, ["macs<=70%"], searching, out=tmp_path / "run")
+    result = found.result
+    assert result["budgets"][0]["met"]
+    assert result["budgets"][0]["value"] <= result["budgets"][0]["limit"]
+    assert max(result["equivalence"].values()) < 1e-4
+    assert result["test"]["accuracy"] > 0.3
+    x = torch.randn(5, 1, 8, 8)
+    assert found.network()(x).shape == (5, 10)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["activation"] for line in lines if line["phase"] == "search"]
+    assert all(0 <= rate <= 1 for line in rates for rate in line.values())
+    assert set(rates[0]) >= {"g0.0.block", "g0.0.block.hidden0"}
+    assert (tmp_path / "run" / "report.html").exists()
+    if options.get("conditional"):
+        assert [point["tau"] for point in result["inference"]["curve"]] == [0.1, 0.3, 0.5, 0.7, 0.9]
+        with torch.no_grad():
+            masked = found.supernet.masked(
+                x, Inference(tau=result["inference"]["tau"]).deciders(5, torch.Generator())[0]
+            )
+        torch.testing.assert_close(found.network()(x), masked[0], atol=1e-4, rtol=1e-4)

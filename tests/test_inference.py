@@ -1,0 +1,178 @@
+"""Ways to decide gates once they are learned, and what they cost: against loops by hand and made-up costs."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import budgetnet as bn
+from budgetnet.delivery import evaluate_gates, restored
+from budgetnet.errors import ConfigError, FileError, UnreachableBudget
+from budgetnet.inference import Given, Inference, Observed, exit_table, fitting_threshold, observe
+from budgetnet.runs import RunFolder
+from budgetnet.sites import Sample, Threshold
+
+resnet = partial(bn.spaces.resnet, depth=8, channels=4, image_size=8, in_channels=1, conditional=True)
+exits = partial(bn.spaces.densenet_exits, depth=10, growth=4, image_size=8, in_channels=1, exit_channels=8)
+
+
+def stirred(space, seed: int = 0) -> bn.SuperNetwork:
+    """A network whose gates differ from example to example."""
+    torch.manual_seed(seed)
+    network = space()
+    for head in network.heads.values():
+        torch.nn.init.normal_(head.decide.weight, std=1.0)
+        head.reset(0.0)
+    network.train()
+    for _ in range(3):
+        network.masked(torch.randn(32, 1, 8, 8), Threshold())
+    return network.eval()
+
+
+def examples(count: int = 3, size: int = 16) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 1, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def run(network, x, policy):
+    with torch.no_grad():
+        return network(x, policy)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"policy": "majority"}, "policy must be threshold or stochastic or always-on or ensemble, got 'majority'"),
+        ({"tau": 1.5}, r"tau must lie in \[0, 1\], got 1.5"),
+        ({"runs": 0}, "runs must be a whole number >= 1, got 0"),
+    ],
+)
+def test_ways_to_decide_are_checked_when_they_are_made(given, message):
+    with pytest.raises(ConfigError, match=message):
+        Inference(**given)
+
+
+def test_costs_and_rates_are_means_over_all_examples():
+    """Batches of unlike size, against one pass over all of them."""
+    network = stirred(resnet)
+    model = bn.costs.MACs().bind(network)
+    data = [*examples(2), *examples(1, 5)]
+    seen = observe(network, Inference(tau=0.4), data, classes=10, models={"macs": model})
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    output, kept = run(network, x, Threshold(0.4))
+    assert seen.quality["accuracy"] == pytest.approx(float((output.argmax(dim=1) == y).float().mean()))
+    assert seen.costs["macs"] == pytest.approx(float(model(network.used(kept)).mean()))
+    assert seen.rates == pytest.approx(kept.mean(dim=0).tolist())
+    assert any(0 < rate < 1 for rate in seen.rates)
+
+
+def test_always_on_opens_everything_and_a_higher_threshold_less():
+    network = stirred(resnet)
+    model = {"macs": bn.costs.MACs().bind(network)}
+    look = partial(observe, network, examples=examples(), classes=10, models=model)
+    full = float(model["macs"](network.used(network.architecture("full")))[0])
+    assert look(Inference("always-on")).costs["macs"] == full
+    costs = [look(Inference(tau=tau)).costs["macs"] for tau in (0.0, 0.3, 0.5, 0.7, 1.0)]
+    assert costs[0] == full
+    assert sorted(costs, reverse=True) == costs
+    assert costs[-1] < costs[2] < full
+
+
+def test_an_ensemble_is_the_mean_of_its_stochastic_runs():
+    network, data = stirred(resnet), examples(1)
+    model = {"macs": bn.costs.MACs().bind(network)}
+    seen = observe(network, Inference("ensemble", runs=3, seed=5), data, classes=10, models=model)
+    generator = torch.Generator().manual_seed(5)
+    runs = [run(network, data[0][0], Sample(16, generator)) for _ in range(3)]
+    mean = torch.stack([output.softmax(dim=1) for output, _ in runs]).mean(dim=0)
+    expected = torch.nn.functional.nll_loss(mean.log(), data[0][1])
+    assert seen.quality["loss"] == pytest.approx(float(expected), rel=1e-5)
+    each = [float(model["macs"](network.used(kept)).mean()) for _, kept in runs]
+    assert seen.costs["macs"] == pytest.approx(sum(each))
+    single = observe(network, Inference("stochastic", seed=5), data, classes=10)
+    assert single.quality["loss"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(runs[0][0], data[0][1])), rel=1e-5
+    )
+
+
+def budgets(limit: float) -> list:
+    network = bn.spaces.resnet(depth=8, channels=4, image_size=8)
+    return [bn.Budget(bn.costs.MACs(), at_most=limit).bind(network)]
+
+
+@pytest.mark.parametrize(
+    ("cost", "limit", "expected"),
+    [
+        (lambda tau: 100 * (1 - tau), 60, 0.5),  # kept as it is
+        (lambda tau: 100 * (1 - tau), 30, 0.7),  # gates: close more
+        (lambda tau: 100 * tau, 30, 0.3),  # exits: take more
+        (lambda tau: 100 - 180 * abs(tau - 0.5), 70, 1 / 3),  # both ways: one as near as the other
+    ],
+)
+def test_the_threshold_nearest_to_one_half_is_found(cost, limit, expected):
+    def look(tau: float) -> Observed:
+        return Observed({}, {"macs": cost(tau)}, [])
+
+    tau, seen = fitting_threshold(budgets(limit), look)
+    assert abs(tau - 0.5) == pytest.approx(abs(expected - 0.5), abs=0.01)
+    assert seen.costs["macs"] == cost(tau) <= limit
+
+
+def test_a_budget_that_no_threshold_keeps_is_said_in_one_line():
+    def look(tau: float) -> Observed:
+        return Observed({}, {"macs": 80 - 10 * tau}, [])
+
+    with pytest.raises(UnreachableBudget, match=r"macs must be at most 50 MAC, but at the threshold .* takes 70"):
+        fitting_threshold(budgets(50), look)
+
+
+def test_the_exit_table_is_that_of_a_loop_over_examples():
+    network, data = stirred(exits), examples()
+    table = exit_table(network, 0.5, data, run)
+    ways = network.ways()
+    order = [edge for edge in network.visits if edge in network.exits]
+    taken, right = [], [[], [], []]
+    for x, y in data:
+        used = network.used(run(network, x, Threshold())[1])
+        for row in range(len(x)):
+            open_exits = [bool(used[row, edge]) for edge in order]
+            taken.append(open_exits.index(True) if any(open_exits) else 2)
+            for way in range(3):
+                output = network.run(x[row : row + 1], network.used(ways[way : way + 1]))
+                right[way].append(bool(output.argmax() == y[row]))
+    assert len(set(taken)) > 1
+    for way, line in enumerate(table):
+        mine = [hit for hit, place in zip(right[way], taken, strict=True) if place == way]
+        assert line["share"] == pytest.approx(len(mine) / len(taken))
+        assert line["accuracy_all"] == pytest.approx(sum(right[way]) / len(taken))
+        assert line["accuracy_chosen"] == (pytest.approx(sum(mine) / len(mine)) if mine else None)
+    assert [line["name"] for line in table] == ["d0.exit", "d1.exit", "end"]
+
+
+def test_given_decisions_are_run_as_they_are():
+    network, (x, _) = stirred(resnet), examples(1)[0]
+    output, kept = run(network, x, Threshold())
+    again, same = run(network, x, Given(kept))
+    assert torch.equal(same, kept)
+    torch.testing.assert_close(again, output)
+
+
+def test_a_run_is_evaluated_from_its_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    digits = bn.data.load("digits").subset(256, seed=0)
+    options = bn.SearchOptions(epochs=3, validate_every=3)
+    found = bn.search(resnet(), digits, ["macs<=90%"], options, out=tmp_path / "run")
+    network = restored(RunFolder(tmp_path / "run"), resnet())
+    for name, value in found.supernet.named_parameters():
+        assert torch.equal(value, network.get_parameter(name))
+    seen = evaluate_gates(network, digits, Inference("always-on"), ["macs", "activation"], recalibration=2)
+    assert seen["costs"]["activation"] == network.gate_count
+    assert seen["activation"] == 1
+    assert seen["units"] == {"macs": "MAC", "activation": "gate"}
+    with pytest.raises(FileError, match="must hold a checkpoint, found none"):
+        restored(RunFolder(tmp_path), resnet())
+    with pytest.raises(FileError, match="the checkpoint is of another network"):
+        restored(RunFolder(tmp_path / "run"), resnet(memory=True))
