@@ -5,22 +5,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import reduce
-from itertools import groupby
-from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from budgetnet.choices import Choices, Site
 from budgetnet.errors import ConfigError, GraphError
 from budgetnet.gated import GatedSequential
-from budgetnet.graph import Graph, both, opposite
+from budgetnet.graph import Graph
+from budgetnet.rows import Rows, spread
 from budgetnet.sites import AlwaysOn, Fixed, Gates, Policy
 
 Shape = tuple[int, ...]
@@ -71,13 +69,11 @@ class Edge:
     exit: bool = False
 
 
-class SuperNetwork(nn.Module):
+class SuperNetwork(Choices, nn.Module):
     """A super network (E, theta) with a gate on each edge that is a choice, and on channels inside edges.
 
     An edge whose module is a `GatedSequential` has a gate for each group of channels that may be
-    closed. Edges and groups are the network's *units*, U = E + groups: the E edges, then the groups
-    edge by edge, site by site. The G gates are *columns*: first those that do not look at the input
-    (the edges' own, then the groups'), then the conditional ones in the order in which edges are run.
+    closed. How units and gates are numbered: `Choices`.
 
     Layers follow Eq. 1, `l_i = sum_k e_ki f_ki(l_k)`, over the edges on a live path; the value of a
     layer that no live path reaches is an empty sum, 0, so an architecture that does not connect
@@ -147,18 +143,9 @@ class SuperNetwork(nn.Module):
         self.fixed = tuple(edge.fixed for edge in edges)
         self.exits = tuple(place for place, edge in enumerate(edges) if edge.exit)
         self.visits = self._visits()
-        """The edges in the order in which they are run."""
         self.sites = tuple(self._sites())
-        self.units = len(edges) + sum(site.groups for site in self.sites)
-        """Edges and channel groups together, U."""
         conditional = [edge for edge in self.visits if edges[edge].gate is not None]
-        self.gate_of, self.independent = self._columns(set(conditional))
-        """For each of the U units the column of its gate, None where it is always kept."""
-        self.gate_count = 1 + max((column for column in self.gate_of if column is not None), default=-1)
-        """Gates, G."""
-        self._gated = [unit for unit, column in enumerate(self.gate_of) if column is not None]
-        self._owners = [column for column in self.gate_of if column is not None]
-        self._shared = [column for column, count in Counter(self._owners).items() if count > 1]
+        self._arrange(conditional)
         self.gates = Gates(self.independent, start=start, pairs=pairs)
         self.heads = nn.ModuleDict()
         for edge in conditional:
@@ -167,9 +154,6 @@ class SuperNetwork(nn.Module):
                 raise GraphError(f"{self.edge_names[edge]!r} has a gate that decides nothing: it has no choice")
             assert gate is not None
             self.heads[str(edge)] = gate(self.shapes[self.graph.edges[edge][0]][0], count)
-        self._check_exits()
-        self.behind = {edge: self._behind(edge) for edge in self.exits}
-        """For each exit the edges that what takes it does not pass along; a node's exits have an order."""
         self._named = {key: self._bits(key, keeps) for key, keeps in (architectures or {}).items()}
 
     def forward(self, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
@@ -196,63 +180,6 @@ class SuperNetwork(nn.Module):
             return self.masked(x, Fixed(kept))
         return self.run(x, self.used(kept)), kept
 
-    def own_columns(self, edge: int) -> list[int]:
-        """Columns of the gates on an edge and on its channels, each once."""
-        places = [edge, *(unit for site in self.sites if site.edge == edge for unit in range(*site.units))]
-        return list(dict.fromkeys(column for unit in places if (column := self.gate_of[unit]) is not None))
-
-    @property
-    def choices(self) -> tuple[int, ...]:
-        """The edges that have a gate of their own."""
-        return tuple(edge for edge in range(len(self.graph.edges)) if self.gate_of[edge] is not None)
-
-    def unit_names(self) -> list[str]:
-        """A name for each of the U units: "edge", "edge.site[3]"."""
-        groups = [f"{self.edge_names[site.edge]}.{site.name}[{i}]" for site in self.sites for i in range(site.groups)]
-        return [*self.edge_names, *groups]
-
-    def decisions(self, kept: Tensor) -> Tensor:
-        """`(K, G)` decisions of the gates to `(K, U)` of the units: what has no gate is kept.
-
-        Where an exit is taken no edge behind it is.
-        """
-        whole = self._placed(kept)
-        if not self.exits:
-            return whole
-        edges = len(self.graph.edges)
-        return torch.cat([both(whole[:, :edges], self._passed_by(whole)), whole[:, edges:]], dim=1)
-
-    def _placed(self, kept: Tensor) -> Tensor:
-        """`(K, G)` decisions to the `(K, U)` units they are of, whatever exits are taken."""
-        if kept.ndim != 2 or kept.shape[1] != self.gate_count:
-            raise ConfigError(f"an architecture of {self.name} is (K, {self.gate_count}), got {tuple(kept.shape)}")
-        whole = kept.new_ones(len(kept), self.units)
-        in_order = self._owners == list(range(self.gate_count))  # as where edges alone have gates: nothing to gather
-        whole[:, self._gated] = kept if in_order else kept[:, self._owners]
-        return whole
-
-    def _passed_by(self, whole: Tensor) -> Tensor:
-        """Whether no exit before an edge is taken, `(K, U)` to `(K, E)`; one that is closed inside is not taken."""
-        alive = self._alive(whole)
-        passed = torch.ones_like(alive)
-        for edge, behind in self.behind.items():
-            passed[:, behind] = both(passed[:, behind], opposite(alive[:, [edge]]).expand(-1, len(behind)))
-        return passed
-
-    def used(self, kept: Tensor) -> Tensor:
-        """What is computed, and what a cost is charged for, `(K, G)` to `(K, U)`.
-
-        Edges: kept, on a live path, and no site of theirs closed altogether. Groups: as kept; they
-        count where their edge is used.
-        """
-        whole = self.decisions(kept)
-        live = self.graph.used(self._alive(whole))
-        return live if not self.sites else torch.cat([live, whole[:, len(self.graph.edges) :]], dim=1)
-
-    def connects(self, used: Tensor) -> Tensor:
-        """Whether `(K, U)` used units connect input and output, `(K,)` bool."""
-        return used[:, list(self.graph.incoming[self.graph.sink])].bool().any(dim=1)
-
     def sampled(self, count: int, generator: torch.Generator) -> Tensor:
         """`(count, G)` architectures drawn from the gates as they stand, on the CPU.
 
@@ -276,81 +203,6 @@ class SuperNetwork(nn.Module):
             undecided = given[0].new_zeros(len(self.own_columns(int(edge))))
             given.append(average if isinstance(average, Tensor) else undecided)
         return torch.cat([logits.cpu() for logits in given])
-
-    def relevant(self, kept: Tensor) -> Tensor:
-        """Gates whose decision was taken and could matter, `(K, G)` to `(K, G)`; see `Graph.relevant`.
-
-        None depends on its own gate's decision. A gate shared by several sites counts always.
-        """
-        placed = self._placed(kept)
-        edges, groups = self._relevant(self.decisions(kept))
-        if self.exits:
-            edges = both(edges, self._passed_by(placed))
-        units = torch.cat([edges, *groups], dim=1)
-        counted = units.new_zeros(len(kept), self.gate_count)
-        counted[:, self._owners] = units[:, self._gated]
-        counted[:, self._shared] = 1
-        return counted
-
-    def pathwise(self, kept: Tensor) -> Tensor:
-        """`used` of `(K, G)` decisions that carry a gradient, `(K, U)` with a gradient to them.
-
-        The value is that of `used` where decisions are in {0, 1}; a dropped edge that could matter has a
-        gradient too, so that it can come back. What is behind an exit pulls at its gate.
-        """
-        whole = self._placed(kept)
-        bits = (whole.detach() > 0).to(whole)
-        hard, (could, _) = self.graph.used(self._alive(bits)), self._relevant(bits)
-        edges = len(self.graph.edges)
-        own = whole[:, :edges]
-        live = hard * own + (could - hard) * (own - own.detach())
-        if self.exits:
-            live = live * self._passed_by(whole)
-        return torch.cat([live, whole[:, edges:]], dim=1)
-
-    def of_edges(self, edges: Collection[int]) -> Tensor:
-        """The smallest architecture that keeps just these edges of those that can be dropped, `(1, G)`.
-
-        On each of them the smallest group of each site that would be closed altogether is open. An edge without
-        a gate of its own is dropped by closing a site of it, where one can be.
-        """
-        kept = torch.zeros(1, self.gate_count)
-        for unit in edges:
-            if (column := self.gate_of[unit]) is not None:
-                kept[0, column] = 1
-        for site in self.sites:
-            columns = [column for unit in range(*site.units) if (column := self.gate_of[unit]) is not None]
-            if site.edge in edges and not site.always_open and not bool(kept[0, columns].any()):
-                kept[0, columns[site.sizes.index(min(site.sizes))]] = 1
-        return kept
-
-    def architecture(self, name: str) -> Tensor:
-        """The named sub-network as `(1, G)` bits: "full", with all but exits, or one of this space's own.
-
-        Raises:
-            ConfigError: there is no such name.
-        """
-        if name == "full":
-            kept = torch.ones(1, self.gate_count)
-            kept[:, [column for edge in self.exits if (column := self.gate_of[edge]) is not None]] = 0
-            return kept
-        if name not in self._named:
-            raise ConfigError(f"architectures of {self.name} are {', '.join(self.architecture_names)}, got {name!r}")
-        return self._named[name].clone()
-
-    def ways(self) -> Tensor:
-        """Everything kept, once for each exit in order and once past all of them, `(exits + 1, G)`."""
-        kept = self.architecture("full").repeat(len(self.exits) + 1, 1)
-        for place, edge in enumerate(edge for edge in self.visits if edge in self.exits):
-            column = self.gate_of[edge]
-            assert column is not None
-            kept[place, column] = 1
-        return kept
-
-    @property
-    def architecture_names(self) -> tuple[str, ...]:
-        """What `architecture` knows."""
-        return ("full", *self._named)
 
     def run(self, x: Tensor, used: Tensor) -> Tensor:
         """The forward pass of Eq. 1 where work follows the sample: an unused edge costs nothing.
@@ -447,11 +299,6 @@ class SuperNetwork(nn.Module):
             output = output * spread(connected, len(x)).reshape(len(x), *[1] * (output.ndim - 1)).to(output.dtype)
         return output, torch.cat(pieces, dim=1)
 
-    def groups_of(self, edge: int, whole: Tensor) -> Tensor:
-        """The columns of an edge's channel groups in `(K, U)`, `(K, groups)`."""
-        own = [site.units for site in self.sites if site.edge == edge]
-        return whole[:, own[0][0] : own[-1][1]] if own else whole[:, :0]
-
     def _decided(self, edge: int, decided: Tensor, own: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Puts `(B, n)` conditional decisions of an edge's gates where they belong."""
         columns: dict[int | None, int] = {column: place for place, column in enumerate(self.own_columns(edge))}
@@ -474,46 +321,6 @@ class SuperNetwork(nn.Module):
                 alive = alive * (bits > 0).any(dim=1).to(alive)
         return alive
 
-    def _alive(self, whole: Tensor) -> Tensor:
-        """Kept edges none of whose sites is closed altogether, `(K, U)` to `(K, E)`."""
-        edges = whole[:, : len(self.graph.edges)]
-        if not self.sites:
-            return edges
-        closed = self._closed(whole)
-        alive = edges.clone()
-        for place, site in enumerate(self.sites):
-            alive[:, site.edge] = both(alive[:, site.edge], (~closed[:, place]).to(whole.dtype))
-        return alive
-
-    def _closed(self, whole: Tensor) -> Tensor:
-        """Whether each site is closed altogether, `(K, U)` to `(K, sites)` bool."""
-        return torch.stack([~(whole[:, slice(*site.units)] > 0).any(dim=1) for site in self.sites], dim=1)
-
-    def _relevant(self, whole: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Whether each unit could matter, given all others: of the edges `(K, E)`, of each site `(K, groups)`."""
-        could = self.graph.relevant(self._alive(whole))
-        if not self.sites:
-            return could, []
-        closed = self._closed(whole)
-        dead = closed.new_zeros(len(whole), len(self.graph.edges), dtype=torch.int64)
-        for place, site in enumerate(self.sites):
-            dead[:, site.edge] += closed[:, place]
-        groups = []
-        for place, site in enumerate(self.sites):
-            others = (dead[:, site.edge] - closed[:, place].long() == 0).to(whole.dtype)
-            matters = both(both(could[:, site.edge], whole[:, site.edge]), others)
-            groups.append(matters[:, None].expand(-1, site.groups))
-        return both(could, (dead == 0).to(whole.dtype)), groups
-
-    def _visits(self) -> tuple[int, ...]:
-        place = {node: index for index, node in enumerate(self.graph.order)}
-
-        def turn(edge: int) -> tuple[int, int]:
-            """At the sink exits come in their order, each before what passes it."""
-            return (place[self.graph.edges[edge][0]], edge not in self.exits) if self.exits else (0, 0)
-
-        return tuple(edge for node in self.graph.order for edge in sorted(self.graph.incoming[node], key=turn))
-
     def _sites(self) -> Iterator[Site]:
         first = len(self.graph.edges)
         for edge, module in enumerate(self.modules_on_edges):
@@ -523,60 +330,6 @@ class SuperNetwork(nn.Module):
                         edge, gate.name, (first, first + gate.groups), gate.always_open, tuple(gate.sizes), gate.lock
                     )
                     first += gate.groups
-
-    def _columns(self, conditional: set[int]) -> tuple[tuple[int | None, ...], int]:
-        columns: list[int | None] = [None] * self.units
-        count = 0
-        for edge in range(len(self.graph.edges)):
-            if not self.fixed[edge] and edge not in conditional:
-                columns[edge], count = count, count + 1
-        locked: dict[tuple[str, int], int] = {}
-        for site in self.sites:
-            if site.edge in conditional:
-                if site.lock is not None:
-                    raise GraphError(f"gates that look at the input cannot be locked, got {site.lock!r}")
-                continue
-            for place, unit in enumerate(range(*site.units)):
-                if place < site.always_open:
-                    continue
-                column = count if site.lock is None else locked.setdefault((site.lock, place), count)
-                columns[unit], count = column, max(count, column + 1)
-        independent = count
-        for edge in self.visits:
-            if edge in conditional:
-                units = [edge] if not self.fixed[edge] else []
-                for site in self.sites:
-                    if site.edge == edge:
-                        units += range(site.units[0] + site.always_open, site.units[1])
-                for unit in units:
-                    columns[unit], count = count, count + 1
-        return tuple(columns), independent
-
-    def _behind(self, exit: int) -> list[int]:
-        start = self.graph.edges[exit][0]
-        before = {other for other in self.exits if self.graph.edges[other][0] == start and other <= exit}
-        return self._passed(start, without=before)
-
-    def _passed(self, start: int, without: Collection[int]) -> list[int]:
-        """The edges on all paths from a node that avoid some edges."""
-        reached, passed = {start}, []
-        for node in self.graph.order:
-            if node in reached:
-                leaving = [edge for edge in self.graph.outgoing[node] if edge not in without]
-                reached |= {self.graph.edges[edge][1] for edge in leaving}
-                passed += leaving
-        return passed
-
-    def _check_exits(self) -> None:
-        for edge in self.exits:
-            name, (start, end) = self.edge_names[edge], self.graph.edges[edge]
-            if end != self.graph.sink:
-                raise GraphError(f"an exit must lead to the output, got {name!r}")
-            if self.gate_of[edge] is None:
-                raise GraphError(f"an exit must be a choice, got {name!r}, which is fixed")
-            beside = self._passed(self.graph.source, without={*self.graph.outgoing[start], *self.exits})
-            if any(self.graph.edges[other][1] == self.graph.sink for other in beside):
-                raise GraphError(f"an exit must leave a node that every path passes, got {name!r}")
 
     def _module(self, edge: int, value: Tensor, groups: Tensor, lengths: list[int]) -> Tensor:
         """Runs an edge's module on the rows of its users, whose `(K, groups)` channel groups are given."""
@@ -609,112 +362,6 @@ class SuperNetwork(nn.Module):
             if behind != shapes[node]:
                 raise GraphError(f"the activation of {name!r} must keep the shape {shapes[node]}, got {behind}")
         return tuple(shapes[node] for node in range(len(self.graph.nodes)))
-
-    def _bits(self, name: str, keeps: Sequence[str]) -> Tensor:
-        unknown = set(keeps) - set(self.edge_names)
-        if unknown:
-            raise GraphError(f"architecture {name!r} keeps {sorted(unknown)[0]!r}, which is no edge")
-        kept = torch.ones(1, self.gate_count, device="cpu")  # also where the network is built elsewhere
-        for edge, column in enumerate(self.gate_of[: len(self.graph.edges)]):
-            if column is not None:
-                kept[0, column] = float(self.edge_names[edge] in keeps)
-        return kept
-
-
-@dataclass(frozen=True)
-class Site:
-    """A channel gate's place among the units of a network.
-
-    Attributes:
-        edge: whose module it is in.
-        name: of the gate.
-        units: first unit and the one behind the last.
-        always_open: groups, the first ones, that are always kept.
-        sizes: channels of each group.
-        lock: name of the gates it shares, None for its own.
-    """
-
-    edge: int
-    name: str
-    units: tuple[int, int]
-    always_open: int
-    sizes: tuple[int, ...]
-    lock: str | None
-
-    @property
-    def groups(self) -> int:
-        """Number of groups."""
-        return self.units[1] - self.units[0]
-
-
-class Rows:
-    """The value of a node for those architectures that compute it, the rows of each contiguous.
-
-    Attributes:
-        whole: `(rows, ...)`.
-        owners: the architectures, ascending, whose rows these are.
-        sizes: examples of each of all K architectures.
-    """
-
-    def __init__(self, whole: Tensor, owners: tuple[int, ...], sizes: list[int]) -> None:
-        self.whole, self.owners, self.sizes = whole, owners, sizes
-        self._pieces: dict[int, Tensor] = {}
-
-    def take(self, owners: tuple[int, ...]) -> Tensor:
-        """The rows of some of the owners."""
-        if owners == self.owners:
-            return self.whole
-        pieces = self.pieces()
-        return torch.cat([pieces[owner] for owner in owners])
-
-    def pieces(self) -> dict[int, Tensor]:
-        """The rows of each owner; cut once, so that the backward pass joins them once."""
-        if not self._pieces:
-            cut = torch.split(self.whole, [self.sizes[owner] for owner in self.owners])
-            self._pieces = dict(zip(self.owners, cut, strict=True))
-        return self._pieces
-
-    @staticmethod
-    def sum(parts: Sequence[Rows], sizes: list[int]) -> Rows:
-        """Adds values row by row; an architecture that a part lacks gets nothing from it."""
-        owners = tuple(sorted({owner for part in parts for owner in part.owners}))
-        if all(part.owners == owners for part in parts):
-            return Rows(reduce(add, (part.whole for part in parts)), owners, sizes)
-        held = [set(part.owners) for part in parts]
-        # neighbouring architectures served by the same parts are added in one piece
-        runs = [
-            (givers, sum(sizes[owner] for owner in run))
-            for givers, run in groupby(owners, lambda owner: tuple(i for i, own in enumerate(held) if owner in own))
-        ]
-        cuts = [
-            iter(torch.split(part.whole, [size for givers, size in runs if i in givers]))
-            for i, part in enumerate(parts)
-        ]
-        return Rows(torch.cat([reduce(add, [next(cuts[i]) for i in givers]) for givers, _ in runs]), owners, sizes)
-
-    def spread(self, architectures: int) -> Tensor:
-        """The rows of all K architectures, zeros where one has no value."""
-        if len(self.owners) == architectures:
-            return self.whole
-        pieces = self.pieces()
-        return torch.cat(
-            [
-                pieces[k] if k in pieces else self.whole.new_zeros(self.sizes[k], *self.whole.shape[1:])
-                for k in range(architectures)
-            ]
-        )
-
-
-def spread(values: Tensor, examples: int) -> Tensor:
-    """`(K, ...)` of architectures to `(B, ...)` of the examples they serve, in contiguous slices."""
-    if len(values) == examples:
-        return values
-    if len(values) == 1:
-        return values.expand(examples, *values.shape[1:])
-    if len(values) > examples:
-        raise ConfigError(f"{len(values)} architectures need at least as many examples, got {examples}")
-    sizes = [examples // len(values) + (k < examples % len(values)) for k in range(len(values))]
-    return values.repeat_interleave(torch.tensor(sizes, device=values.device), dim=0)
 
 
 def full(network: SuperNetwork) -> Fixed:

@@ -10,7 +10,8 @@ import pytest
 import budgetnet
 
 LAYERS = (
-    *("errors", "version", "graph", "sites", "blocks", "gated", "supernet", "spaces", "weights", "costs"),
+    *("errors", "version", "graph", "sites", "blocks", "gated", "choices", "rows", "supernet"),
+    *("spaces", "weights", "costs"),
     *("objectives", "budgets", "data", "options", "extraction", "export", "conditional", "evaluation", "inference"),
     *("selection", "runs", "architectures", "measure"),
     *("report", "training", "session", "delivery", "search", "console", "cli", "__init__", "__main__"),
