@@ -223,9 +223,9 @@ class Session:
 
         `E_H[sum_g relevant_g(H) h(p_g)]`, on 1,024 samples: 0 once one architecture is left.
         """
-        probability = self.network.probabilities()
-        kept = self.network.sampled(1024, seeded(probability.device, 0, self.epoch))
-        return (self.network.relevant(kept) @ entropy(torch.logit(probability))).mean()
+        logits = self.network.logits()
+        kept = self.network.sampled(1024, seeded(logits.device, 0, self.epoch))
+        return (self.network.relevant(kept) @ entropy(logits)).mean()
 
     def current(self, phase: str) -> Tensor:
         """The architecture that stands for this phase: the full, the most probable or the chosen one, `(1, G)`."""

@@ -126,8 +126,10 @@ class Learner:
         """Sets the gates to their start, and notes where the costs begin to fall from."""
         start = self.options.gate_start
         assert start is not None
-        for gates in (self.network.gates, *self.network.heads.values()):
-            gates.reset(start)  # type: ignore[operator]
+        self.network.gates.reset(start)
+        for edge, head in self.network.heads.items():
+            if int(edge) not in self.network.exits:  # an exit begins as it was made: mostly closed
+                head.reset(start)  # type: ignore[operator]
         generator = torch.Generator().manual_seed(self.options.seed)
         used = self.network.used(self.network.sampled(1024, generator))
         self.starts = [float(budget.model(used).mean()) for budget in self.budgets]

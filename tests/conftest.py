@@ -12,11 +12,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-if torch.backends.cpu.get_cpu_capability() == "AVX2":
-    # oneDNN's kernels for AVX2 write out of bounds in the backward pass of strided 1x1 convolutions of
-    # less than 7 channels, channels last: tests train such networks, here and in processes of their own
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
-
 SMALL = [
     *("--data", "digits", "--train_images", "256", "--space.width", "1", "--space.channels", "4"),
     *("--epochs", "3", "--warmup", "0.34", "--finetune", "0.33", "--budget", "macs<=60%"),

@@ -183,6 +183,16 @@ def test_the_last_layer_of_a_head_learns_slower_the_more_it_sums():
     assert rates == {1.0, 1 / fan_in}
 
 
+def test_a_search_begins_with_layers_open_and_exits_closed():
+    one = learner(partial(small_exits), "layers<=80%", gate_start=3.0)
+    one.begin_search()
+    assert one.network.probabilities().tolist() == pytest.approx([torch.tensor(-1.0).sigmoid().item()] * 2)
+    conditional = learner(partial(small_resnet, conditional=True), gate_start=3.0)
+    conditional.begin_search()
+    expected = torch.full((conditional.network.gate_count,), 3.0).sigmoid()
+    torch.testing.assert_close(conditional.network.probabilities(), expected)
+
+
 def test_warm_up_teaches_every_way_out():
     one = learner(small_exits, "layers<=80%")
     ways = one.network.ways()
