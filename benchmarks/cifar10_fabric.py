@@ -4,7 +4,8 @@
 
 Trains, for each seed: the fabric of width 3 searched under the MACs of ResNet-20; ResNet-20 itself; the
 full fabric narrowed to at most those MACs; three random sub-networks of the fabric with those MACs.
-A row whose result.json is there already is not trained again. Prints one Markdown table.
+A row that is kept in --rows already is not trained again, so that the table can be filled in several sittings;
+accuracies and MACs compare across machines, seconds only within one. Prints one Markdown table.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from budgetnet.budgets import Budget
 from budgetnet.selection import trimmed
 
 KINDS = ("searched", "resnet-20", "narrowed fabric", "random 1", "random 2", "random 3")
-SEARCH = {"warmup": 0.1, "finetune": 0.7, "gate_rate": 0.2, "recalibration": 20}  # docs/experiments.md
+SEARCH = {"warmup": 0.5, "finetune": 0.37, "gate_rate": 0.2, "recalibration": 20}  # docs/experiments.md
+ROWS = Path(__file__).parent / "results" / "cifar10_fabric"
 
 
 def main() -> None:
@@ -34,16 +36,19 @@ def main() -> None:
     parser.add_argument("--baseline-options", type=json.loads, default={}, help="options of all else, as JSON")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10_fabric"))
+    parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the finished rows")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     data = bn.data.load(arguments.data).subset(arguments.train_images, seed=0)
     rows: dict[str, list[dict[str, object]]] = {}
     for seed in arguments.seeds:
         for kind in arguments.kinds:
-            run = arguments.out / f"{kind.replace(' ', '-')}-seed{seed}"
-            if not (run / "result.json").exists():
-                train(kind, seed, data, arguments, run)
-            rows.setdefault(kind, []).append(json.loads((run / "result.json").read_text()))
+            name = f"{kind.replace(' ', '-')}-seed{seed}"
+            row = arguments.rows / f"{name}.json"
+            if not row.exists():
+                train(kind, seed, data, arguments, arguments.out / name)
+                keep(arguments.out / name, row)
+            rows.setdefault(kind, []).append(json.loads(row.read_text()))
             print(f"{kind} seed {seed}: test accuracy {rows[kind][-1]['test']['accuracy']:.4f}", flush=True)
     print("\n| network | test accuracy, mean (min to max) | MACs | images seen | seconds |\n|---|---|---|---|---|")
     for kind, results in rows.items():
@@ -52,6 +57,15 @@ def main() -> None:
         seconds = statistics.mean(result["seconds"] for result in results)
         spread = f"{statistics.mean(accuracy):.2f} ({min(accuracy):.2f} to {max(accuracy):.2f})"
         print(f"| {kind} | {spread} | {macs:.2f} M | {results[0]['images_seen']} | {seconds:.0f} |")
+
+
+def keep(run: Path, row: Path) -> None:
+    """Keeps what the table needs of a run, and where it was made."""
+    result, options = (json.loads((run / name).read_text()) for name in ("result.json", "options.json"))
+    kept = {key: result[key] for key in ("seed", "images_seen", "seconds", "network", "validation", "test")}
+    kept |= {key: options[key] for key in ("budgetnet", "torch", "machine", "threads", "precision", "search")}
+    row.parent.mkdir(parents=True, exist_ok=True)
+    row.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def train(kind: str, seed: int, data: bn.data.Dataset, arguments: argparse.Namespace, run: Path) -> None:

@@ -3,8 +3,9 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/cifar10_gated.py --data cifar10 --seeds 0 1 2 --out runs/cifar10_gated
 
-Every row sees the same images in the same number of epochs on one learning-rate curve. A row whose row.json is there
-already is not trained again, so that the table can be filled in several sittings. Prints one Markdown table a target.
+Every row sees the same images in the same number of epochs on one learning-rate curve. A row that is kept in --rows
+already is not trained again, so that the table can be filled in several sittings; accuracies and MACs compare across
+machines, seconds and latencies only within one. Prints one Markdown table.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from budgetnet.selection import trimmed
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 COMMON = {"validate_every": 10, "candidates": 4, "recalibration": 20}
+ROWS = Path(__file__).parent / "results" / "cifar10_gated"
 RANDOM = tuple(f"random {number}" for number in range(1, 6))
 KINDS = ("pruned", "conditional", "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
 DENSE_EPOCHS = 2 / 3
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="options of the gated search, as JSON")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10_gated"))
+    parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the finished rows")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     data = bn.data.load(arguments.data).subset(arguments.train_images, seed=0)
@@ -54,12 +57,14 @@ def main() -> None:
         for kind, target in [("dense", 100), *((kind, target) for target in arguments.targets for kind in KINDS)]:
             if kind not in arguments.kinds:
                 continue
-            folder = arguments.out / f"{kind.replace(' ', '-')}-{target}-seed{seed}"
-            if not (folder / "row.json").exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                row = Row(kind, target, seed, data, arguments, folder).train()
-                (folder / "row.json").write_text(json.dumps(row, indent=1))
-            row = json.loads((folder / "row.json").read_text())
+            name = f"{kind.replace(' ', '-')}-{target}-seed{seed}"
+            kept = arguments.rows / f"{name}.json"
+            if not kept.exists():
+                (arguments.out / name).mkdir(parents=True, exist_ok=True)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                row = Row(kind, target, seed, data, arguments, arguments.out / name).train()
+                kept.write_text(json.dumps(row, indent=1) + "\n")
+            row = json.loads(kept.read_text())
             table.setdefault((target, kind), []).append(row)
             print(f"{kind} at {target} % seed {seed}: {row['accuracy']:.4f}, {row['macs'] / 1e6:.2f} M", flush=True)
     print_table(table)
@@ -79,6 +84,7 @@ class Row:
         self, kind: str, target: int, seed: int, data: bn.data.Dataset, arguments: argparse.Namespace, folder: Path
     ) -> None:
         self.kind, self.target, self.seed, self.data, self.folder = kind, target, seed, data, folder
+        self.rows = arguments.rows
         self.before = 0.0
         self.options = bn.SearchOptions(epochs=arguments.epochs, seed=seed, **COMMON)
         self.searched = bn.SearchOptions(**{"epochs": arguments.epochs, "seed": seed} | COMMON | arguments.options)
@@ -117,15 +123,15 @@ class Row:
             found = bn.search(space, self.data, [budget], self.searched, out=run, resume=True)
         else:
             if self.kind == "found shape":
-                shape: str | Tensor = str(
-                    self.folder.parent / f"pruned-{self.target}-seed{self.seed}/run/architecture.json"
-                )
+                shape: str | Tensor = str(self.rows / f"pruned-{self.target}-seed{self.seed}.architecture.json")
             else:
                 shape = random_shape(space, self.target / 100, 10 * self.seed + int(self.kind.split()[1]))
             found = bn.search(space, self.data, [], self.options, architecture=shape, out=run, resume=True)
         extra: dict[str, Any] = {"accuracy": found.result["test"]["accuracy"]}
         if self.kind in ("pruned", "conditional"):
             extra |= {"polarised": polarised(run), "budget": found.result["budgets"]}
+            architecture = self.rows / f"{self.kind}-{self.target}-seed{self.seed}.architecture.json"
+            architecture.write_bytes((run / "architecture.json").read_bytes())
         return found.network(), extra
 
     def accuracy(self, network: nn.Module) -> float:
