@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -17,6 +17,9 @@ Pattern = tuple[bool, ...]
 
 CACHE = 8
 """How many times its own weights a body may hold in weights that it has narrowed before."""
+
+MEMORY = 4096
+"""Patterns of which something is remembered."""
 
 RELUS = (nn.ReLU, nn.ReLU6)
 """Activations that can overwrite a value that nobody else reads."""
@@ -110,10 +113,6 @@ class Body(nn.Module):
         self._held = 0
         self._known: dict[Pattern, tuple[bool, float]] = {}
 
-    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
-        """`(B, ...)` with all channels, masked by `(B, n)` decisions where they are given."""
-        return self.run(x, self.full, table)[0]
-
     def run(self, x: Tensor, pattern: Pattern, table: Tensor | None = None) -> tuple[Tensor, bool]:
         """Computes the channels that a pattern opens.
 
@@ -166,13 +165,14 @@ class Body(nn.Module):
         for owner in self.owners:
             is_open = [place for place, gate in enumerate(owner) if gate == self.groups or pattern[gate]]
             kept.append(None if len(is_open) == len(owner) else torch.tensor(is_open, device=device))
-            gates = [owner[place] for place in is_open]
-            decided = any(gate < self.groups for gate in gates)
-            owners.append(torch.tensor(gates, device=device) if decided else None)
+            left = [owner[place] for place in is_open]
+            decided = any(number < self.groups for number in left)
+            owners.append(torch.tensor(left, device=device) if decided else None)
         steps: list[Step] = []
         for index in range(len(self.layers) + 1):
-            if index in self.gates and owners[self.gates[index]] is not None:
-                steps.append(Step("mask", None, owners[self.gates[index]]))
+            gate = owners[self.gates[index]] if index in self.gates else None
+            if gate is not None:
+                steps.append(Step("mask", None, gate, None, (bool((gate == self.groups).any()),)))
             if index < len(self.layers):
                 before, behind = self.places[index]
                 steps.append(
@@ -193,7 +193,7 @@ class Body(nn.Module):
     def _about(self, pattern: Pattern) -> tuple[bool, float]:
         found = self._known.get(pattern)
         if found is None:
-            if len(self._known) >= 4096:
+            if len(self._known) >= MEMORY:
                 self._known.clear()
             counts = [sum(gate == self.groups or pattern[gate] for gate in owner) for owner in self.owners]
             shares = [count / len(owner) for count, owner in zip(counts, self.owners, strict=True)]
@@ -225,7 +225,6 @@ class Body(nn.Module):
 
 def run_steps(steps: Sequence[Step], x: Tensor, owned: bool, table: Tensor | None) -> tuple[Tensor, bool]:
     """What the steps make of `x`, and whether that may be overwritten; `owned` says so of `x`."""
-    whole = None if table is None else torch.cat([table, table.new_ones(len(table), 1)], dim=1)
     for kind, layer, weight, bias, options in steps:
         if kind == "conv":
             x, owned = torch.conv2d(x, weight, bias, *options), True
@@ -235,8 +234,9 @@ def run_steps(steps: Sequence[Step], x: Tensor, owned: bool, table: Tensor | Non
         elif kind == "relu":
             x, owned = rectified(layer, x, owned)
         elif kind == "mask":
-            if whole is not None:
-                mask = whole.index_select(1, weight)
+            if table is not None:
+                with_open = torch.cat([table, table.new_ones(len(table), 1)], dim=1) if options[0] else table
+                mask = with_open.index_select(1, weight)
                 mask = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
                 x, owned = (x.mul_(mask) if owned else x * mask), True
         elif kind == "linear":
@@ -262,6 +262,8 @@ def rectified(layer: nn.Module, x: Tensor, owned: bool) -> tuple[Tensor, bool]:
 
 def step_of(layer: nn.Module, before: Tensor | None, behind: Tensor | None) -> Step:
     """A layer that reads and writes these channels, None for all."""
+    if before is None and behind is None and not is_plain(layer):
+        return Step("layer", layer)
     if isinstance(layer, nn.Conv2d):
         weight = narrowed_weight(layer.weight, None if layer.groups > 1 else before, behind)
         groups = len(weight) if layer.groups > 1 and behind is not None else layer.groups
@@ -274,6 +276,12 @@ def step_of(layer: nn.Module, before: Tensor | None, behind: Tensor | None) -> S
         stats = (selected(layer.running_mean, behind), selected(layer.running_var, behind))
         return Step("norm", layer, selected(layer.weight, behind), selected(layer.bias, behind), (*stats, layer.eps))
     return Step("relu" if type(layer) in RELUS else "layer", layer)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does what its kind does, and nothing else."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) in (nn.Conv2d, nn.Linear, *RELUS) and not hooks
 
 
 def within(whole: Tensor | None, kept: Tensor | None) -> Tensor | None:
@@ -302,19 +310,38 @@ def folded(places: Sequence[Place], gates: Mapping[int, int]) -> tuple[list[Plac
             break
         layer = places[index].layer
         before = found[-1].layer if found and index not in gates else None
-        if type(before) is nn.Conv2d and isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
-            found[-1] = found[-1]._replace(layer=fuse_conv_bn_eval(before, layer))
+        norm = layer if type(layer) is nn.BatchNorm2d and layer.running_mean is not None else None
+        if norm is not None and isinstance(before, nn.Conv2d) and is_plain(before):
+            found[-1] = found[-1]._replace(layer=fuse_conv_bn_eval(before, norm))
         elif not isinstance(layer, nn.Identity):
             found.append(places[index])
     return found, moved
 
 
 def fold_inside(module: nn.Module) -> nn.Module:
-    """Folds the batch norms in every `nn.Sequential` of a module, in place, and returns it."""
-    for parent in list(module.modules()):
-        if type(parent) is nn.Sequential:
-            layers = [place.layer for place in folded([Place(layer, None, None) for layer in parent], {})[0]]
-            for index in reversed(range(len(parent))):
-                del parent[index]
-            parent.extend(layers)
+    """Folds batch norms in place where it is sure that layers are called one after the other, and returns the module.
+
+    That is in an `nn.Sequential`, and in those that another one, or a traced graph, calls as a whole. A module with a
+    forward of its own may call its layers in any way.
+    """
+    if type(module) is nn.Sequential:
+        layers = [place.layer for place in folded([Place(fold_inside(layer), None, None) for layer in module], {})[0]]
+        for index in reversed(range(len(module))):
+            del module[index]
+        module.extend(layers)
+    elif isinstance(module, fx.GraphModule):
+        called = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
+        for name in called:
+            inside = any(other.startswith(f"{name}.") for other in called)
+            part = module.get_submodule(name) if name in dict(module.named_modules()) else None
+            if part is not None and not inside:
+                fold_inside(part)
+    return module
+
+
+def without_overwriting(module: nn.Module) -> nn.Module:
+    """The module whose layers, in place, have been told to leave what they are given as it is."""
+    for part in module.modules():
+        if getattr(part, "inplace", False) is True:
+            part.inplace = False  # type: ignore[assignment]
     return module

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from budgetnet.conditional.bodies import Body, Pattern
+from budgetnet.conditional.bodies import MEMORY, Body, Pattern
 from budgetnet.conditional.heads import Head
 
 Takers = dict[Pattern, list[int]]
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     Attributes:
         pattern: channel groups that are computed.
-        rows: that take the edge.
+        rows: that take the edge, ascending if they are all that do.
         whole: run the batch as it is, and clear the rows that do not take the edge; else gather those that do.
         patterns: what each row that is run opens, where that is not `pattern`; None where it is.
     """
@@ -92,6 +92,7 @@ class Branch(nn.Module):
         # bound once: looking up a part of a module takes as long as a small operation
         self.run, self._ask = body.run, None if head is None else head.one
         self._always = (body.full, None)
+        self._ways: dict[Pattern, str] = {}
 
     def one(self, x: Tensor) -> tuple[Pattern, Tensor | None] | None:
         """How to run the edge on a single example, None where it does not take it.
@@ -112,12 +113,28 @@ class Branch(nn.Module):
                 return self._always
             del values[0]
         pattern = tuple([value > 0 for value in values])
-        body = self.body
-        if not body.alive(pattern):
+        way = self._ways.get(pattern)
+        if way is None:
+            if len(self._ways) >= MEMORY:
+                self._ways.clear()
+            way = self._ways[pattern] = self._way(pattern)
+        if way == "closed":
             return None
-        if body.share(pattern) <= self.limits_at(1).channels or pattern == body.full:
+        if way == "cut":
             return pattern, None
-        return body.full, torch.tensor([pattern], dtype=x.dtype, device=x.device)
+        return self.body.full, torch.tensor([pattern], dtype=x.dtype, device=x.device)
+
+    def _way(self, pattern: Pattern) -> str:
+        """How a single example that opens these groups is run: "closed", "cut" to them, or "masked"."""
+        if not self.body.alive(pattern):
+            return "closed"
+        cut = pattern == self.body.full or self.body.share(pattern) <= self.limits_at(1).channels
+        return "cut" if cut else "masked"
+
+    def learn(self, limits: Mapping[int, Limits]) -> None:
+        """Takes over what was measured, by batch size."""
+        self.limits.update(limits)
+        self._ways.clear()
 
     def limits_at(self, batch: int) -> Limits:
         """What was measured at the nearest batch size, a cautious guess where nothing was."""
@@ -208,6 +225,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 def add_rows(total: Tensor, rows: Tensor, part: Tensor) -> None:
     """Adds `part` to the rows of `total`, in place."""
+    part = part.to(total.dtype)
     flat, other = flattened(total), flattened(part)
     if flat is None or other is None or total.is_contiguous() != part.is_contiguous():
         total.index_add_(0, rows, part)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from budgetnet.conditional.bodies import Body, Place, fold_inside, folded
+from budgetnet.conditional.bodies import Body, Place, fold_inside, folded, without_overwriting
 from budgetnet.conditional.branches import Branch
 from budgetnet.conditional.heads import narrowed_head
 from budgetnet.conditional.network import ConditionalNetwork
@@ -62,10 +62,10 @@ def conditional(
     }
     return ConditionalNetwork(
         branches,
-        [copy.deepcopy(activation).eval() for activation in network.activations],
+        [without_overwriting(copy.deepcopy(activation).eval()) for activation in network.activations],
         [node for node in network.graph.order if node in reached],
         network.shapes,
-        torch.tensor([0.0 if math.isnan(gate) else gate for gate in gates]),
+        torch.tensor([0.0 if math.isnan(gate) else gate for gate in gates], device=network.gates.values.device),
     )
 
 
@@ -156,7 +156,7 @@ def branch_of(network: SuperNetwork, edge: int, units: Sequence[float], gates: S
     """An edge with what is left to decide on it."""
     columns = network.own_columns(edge)
     is_open = [place for place, column in enumerate(columns) if math.isnan(gates[column])]
-    head = narrowed_head(network.heads[str(edge)], is_open, tau) if is_open else None
+    head = narrowed_head(network.heads[str(edge)], is_open, len(columns), tau) if is_open else None
     own = math.isnan(units[edge])
     place = {columns[column]: place - own for place, column in enumerate(is_open)}
     count = len(is_open) - own
@@ -183,7 +183,7 @@ def branch_of(network: SuperNetwork, edge: int, units: Sequence[float], gates: S
 
 def plain_body(module: nn.Module) -> Body:
     """A module without gates, copied, its batch norms folded."""
-    new = fold_inside(copy.deepcopy(module).eval())
+    new = without_overwriting(fold_inside(copy.deepcopy(module).eval()))
     layers = list(new) if type(new) is nn.Sequential else [new]
     return Body([Place(layer, None, None) for layer in layers if not isinstance(layer, nn.Identity)])
 
@@ -201,7 +201,8 @@ def gated_body(
         channels: behind it.
         name: of the edge.
     """
-    kept = module.indices(torch.tensor([float(owner != CLOSED) for owner in owners]))
+    device = next((value.device for value in module.parameters()), torch.device("cpu"))
+    kept = module.indices(torch.tensor([float(owner != CLOSED) for owner in owners], device=device))
     split = iter(owners)
     of_channels = []  # for each site the owner of each channel that is left
     for gate in module.sites:
@@ -229,7 +230,7 @@ def gated_body(
         else:
             at = layout[place]
             new = narrowed_module(layer, *channels_of(at, kept)).eval()
-            places.append(Place(new, left(at.before), left(at.behind)))
+            places.append(Place(without_overwriting(new), left(at.before), left(at.behind)))
     places, gates = folded(places, gates)
     reads, writes = module.ends(kept)
     first, last = module._ends

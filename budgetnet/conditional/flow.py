@@ -158,7 +158,7 @@ class Flow:
         if self.output is None:
             self.output = value.new_zeros(self.total, *value.shape[1:])
         places = rows if self._places is None else [self._places[row] for row in rows]
-        self.output.index_copy_(0, torch.tensor(places, device=value.device), value)
+        self.output.index_copy_(0, torch.tensor(places, device=value.device), value.to(self.output.dtype))
 
     def _go_on_with(self, rows: list[int]) -> None:
         """Drops all examples but these."""
@@ -257,8 +257,10 @@ def run_one(
     Args:
         x: the example.
         order: nodes, from the source to the sink.
-        entering, exits: edges into each node, and exits that leave it.
-        activations, shapes: of each node.
+        entering: edges into each node.
+        exits: that leave each node.
+        activations: of each node.
+        shapes: of one example at each node.
     """
     source, sink = order[0], order[-1]
     values: dict[int, Tensor] = {source: x}  # of nodes that are reached

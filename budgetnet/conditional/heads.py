@@ -15,6 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from budgetnet.conditional.bodies import fold_inside
 from budgetnet.sites import ConditionalGates, ExitGates
 
+SMALL = 128
+"""Hidden features up to which the last layer of a head is computed in Python for a single example."""
+
 
 class Head(nn.Module):
     """Decides gates: maps features to values that are > 0 where a gate is open."""
@@ -57,20 +60,24 @@ class PooledHead(Head):
     def one(self, x: Tensor) -> list[float]:
         """The n values of a single example `(1, channels, H, W)`.
 
-        So small a layer as the second takes longer to call than to compute: it is computed in Python.
+        A second layer as small as this one mostly is takes longer to call than to compute in Python.
         """
+        channels = x.shape[1]
         if x.is_contiguous():
-            flat = x.view(x.shape[1], -1)
+            flat = x.view(channels, -1)
         elif x.is_contiguous(memory_format=torch.channels_last):
-            flat = x.permute(0, 2, 3, 1).view(-1, x.shape[1]).t()
+            flat = x.as_strided((channels, x.shape[2] * x.shape[3]), (1, channels))
         else:
             return super().one(x)
         held = self._held
         if held is None or held.versions != versions(held.second) or held.mean.dtype != x.dtype:
             held = self._held = self._hold(x, flat.shape[1])
-        hidden = torch.addmv(held.bias, held.weight, torch.mv(flat, held.mean)).tolist()
+        features = torch.addmv(held.bias, held.weight, torch.mv(flat, held.mean))
         values: list[float] = []
-        at = 0
+        if len(held.weight) > SMALL:
+            values = torch.addmv(held.second[1], held.second[0], features.relu_()).tolist()
+            return values
+        hidden, at = features.tolist(), 0
         for value, weights in held.gates:
             for weight in weights:
                 if (feature := hidden[at]) > 0:
@@ -171,29 +178,30 @@ class SelectedHead(Head):
 
     Args:
         head: in evaluation mode.
-        columns: of its gates that are decided.
+        columns: of its gates that are decided, None for all.
         threshold: taken off each logit.
     """
 
-    columns: Tensor
+    columns: Tensor | None
 
-    def __init__(self, head: nn.Module, columns: Sequence[int], threshold: float) -> None:
+    def __init__(self, head: nn.Module, columns: Sequence[int] | None, threshold: float) -> None:
         super().__init__()
         self.head, self.threshold = head, threshold
-        self.register_buffer("columns", torch.tensor(list(columns)))
+        self.register_buffer("columns", None if columns is None else torch.tensor(list(columns)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Features of the edge's start to `(B, n)` logits."""
-        logits: Tensor = self.head(x).index_select(1, self.columns) - self.threshold
-        return logits
+        logits: Tensor = self.head(x) if self.columns is None else self.head(x).index_select(1, self.columns)
+        return logits - self.threshold if self.threshold else logits
 
 
-def narrowed_head(head: nn.Module, columns: Sequence[int], tau: float) -> Head:
+def narrowed_head(head: nn.Module, columns: Sequence[int], count: int, tau: float) -> Head:
     """A copy of what decides an edge's gates that computes some of them, batch norms folded.
 
     Args:
         head: maps features to a logit for each of its gates.
         columns: of its gates that are to be decided.
+        count: of its gates.
         tau: probability above which a gate is open.
 
     Returns:
@@ -209,7 +217,7 @@ def narrowed_head(head: nn.Module, columns: Sequence[int], tau: float) -> Head:
         return pooled
     if type(head) is ExitGates:
         return ExitHead(head, threshold)
-    return SelectedHead(fold_inside(head), columns, threshold)
+    return SelectedHead(fold_inside(head), None if len(columns) == count else columns, threshold)
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -113,15 +113,20 @@ class ConditionalNetwork(nn.Module):
 
         Returns:
             `table`, with what was found.
+
+        Raises:
+            ConfigError: the example is none of this network's, or `repeats` is no number >= 1.
         """
         self._check(example)
+        if repeats < 1 or not len(example):
+            raise ConfigError(f"tuning takes an example and repeats >= 1, got {len(example)} and {repeats}")
         known: dict[str, Limits] = {}
         for edge in self.conditional_branches:
-            shapes = self.shapes[edge.start], self.shapes[edge.end]
-            alike = f"{shapes} {edge.body}"
+            body, shapes = edge.body, (self.shapes[edge.start], self.shapes[edge.end])
+            alike = f"{shapes} {body} {body.owners} {body.gates} {body.ends}"
             if alike not in known:
                 known[alike] = measured(edge.body, *shapes, example, repeats)
-            edge.limits[len(example)] = known[alike]
+            edge.learn({len(example): known[alike]})
         return self.table
 
     @property
@@ -138,7 +143,10 @@ class ConditionalNetwork(nn.Module):
         for name, rows in table.items():
             if name not in names:
                 raise ConfigError(f"edges with gates are {', '.join(names)}, got {name!r}")
-            names[name].limits = {int(batch): Limits(**limits) for batch, limits in rows.items()}
+            for batch, limits in rows.items():
+                if set(limits) != set(Limits._fields):
+                    raise ConfigError(f"limits are {', '.join(Limits._fields)}, got {', '.join(limits)}")
+                names[name].learn({int(batch): Limits(**limits)})
 
     def _check(self, x: Tensor) -> None:
         if x.ndim == 0 or tuple(x.shape[1:]) != self.shapes[self.source]:

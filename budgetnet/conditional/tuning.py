@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,22 +27,23 @@ def measured(body: Body, start: Sequence[int], end: Sequence[int], example: Tens
 
     Args:
         body: on the edge.
-        start, end: shape of one example before and behind it.
+        start: shape of one example before it.
+        end: shape of one example behind it.
         example: `(B, C, H, W)`: its batch size, type, device and memory format are used.
         repeats: times that each way is measured, in turn.
     """
     batch = len(example)
     x, total = like(example, start), like(example, end)
     table = None if not body.groups else torch.ones(batch, body.groups, dtype=x.dtype, device=x.device)
-    ways: dict[tuple[str, float], Callable[[], object]] = {("dense", 1.0): lambda: dense(body, x, total, table)}
+    ways: dict[tuple[str, float], Callable[[], object]] = {("dense", 1.0): partial(dense, body, x, total, table)}
     if batch > 1:
         for count in sorted({max(1, round(share * batch)) for share in SHARES} - {batch}):
             rows = torch.randperm(batch, generator=torch.Generator().manual_seed(0))[:count].sort().values.to(x.device)
-            ways["rows", count / batch] = lambda rows=rows: gathered(body, x, total, rows)  # type: ignore[misc]
+            ways["rows", count / batch] = partial(gathered, body, x, total, rows)
     for count in sorted({max(1, round(share * body.groups)) for share in SHARES if body.groups} - {body.groups}):
         pattern = spread(count, body.groups)
         if body.alive(pattern):
-            ways["channels", body.share(pattern)] = lambda pattern=pattern: cut(body, x, total, pattern)  # type: ignore[misc]
+            ways["channels", body.share(pattern)] = partial(cut, body, x, total, pattern)
     with torch.no_grad():
         times = interleaved(list(ways.values()), repeats, x.device)
     relative = {way: value / times[0] for way, value in zip(ways, times, strict=True)}
@@ -58,9 +60,9 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
         slope, intercept = 1.0, value - share
     else:
         slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
-    if slope <= 0:  # noise, or a time that does not depend on the share
-        return float(intercept + slope / 2 < 1), max(0.0, intercept)
-    return min(1.0, max(0.0, (1 - intercept) / slope)), min(1.0, max(0.0, intercept))
+    # a line that does not rise is noise, or a time that does not depend on the share
+    reaches = (1 - intercept) / slope if slope > 0 else float(intercept + slope / 2 < 1)
+    return min(1.0, max(0.0, reaches)), min(1.0, max(0.0, intercept))
 
 
 def dense(body: Body, x: Tensor, total: Tensor, table: Tensor | None) -> None:
