@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/conditional_speed.py
 
 A ResNet (16, 32, 64 channels on images of 32x32) with gates on its layers, or on groups of 8 channels. Its heads are
-random and their biases set so that each gate is open for a given share of the images: "apart", each gate for others; or
+random, their biases set so that each gate is open for a given share of the images: "apart", each gate for others; or
 "alike", a share of each layer's gates for all images. Beside it the same network without gates: "time" is relative to
 the plain network that `extract` gives, "ungated" to the skipping network with all gates open for all. All are run in
 turn in one process; ratios of medians are printed. "saved" is the share of the saved MACs that is saved in time.
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--channels", type=int, default=16)
+    parser.add_argument("--granularity", type=int, default=8, help="channels of a group")
     parser.add_argument("--gates", nargs="+", default=["layers", "channels"], choices=["layers", "channels", "both"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="of torch; onnxruntime runs one image")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
@@ -48,11 +49,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(IMAGES, 3, 32, 32, generator=generator).contiguous(memory_format=memory)
     threads = torch.get_num_threads()
-    print(f"ResNet-{arguments.depth}, {arguments.channels} channels, {arguments.memory} in torch, {threads} threads\n")
+    print(f"ResNet-{arguments.depth}, {arguments.channels} channels in groups of {arguments.granularity}, ", end="")
+    print(f"{arguments.memory} in torch, {threads} threads\n")
     print("| runtime | batch | gates | images | open | MACs | time | ungated | saved |")
     print("|---|---|---|---|---|---|---|---|---|")
     for gates in arguments.gates:
-        space = network_with(gates, arguments.depth, arguments.channels, x).to(memory_format=memory)
+        space = network_with(gates, arguments, x).to(memory_format=memory)
         for batch in arguments.batches if "torch" in arguments.runtimes else []:
             print_rows(arguments, "torch", batch, gates, space, x)
         if "onnxruntime" in arguments.runtimes:
@@ -95,10 +97,16 @@ def print_rows(
         print(f"{ratio:.2f} | {own} | {saved} |", flush=True)
 
 
-def network_with(gates: str, depth: int, channels: int, x: Tensor) -> bn.SuperNetwork:
+def network_with(gates: str, arguments: argparse.Namespace, x: Tensor) -> bn.SuperNetwork:
     """A ResNet with gates that look at the input, its batch norms set on `x`."""
     torch.manual_seed(0)
-    space = bn.spaces.resnet(depth=depth, channels=channels, gates=gates, granularity=8, conditional=True)
+    space = bn.spaces.resnet(
+        depth=arguments.depth,
+        channels=arguments.channels,
+        gates=gates,
+        granularity=arguments.granularity,
+        conditional=True,
+    )
     recalibrate(space, lambda x: space(x, AlwaysOn())[0], [(x, x)])
     return space.eval()
 

@@ -713,6 +713,26 @@ def test_many_patterns_of_groups_are_masked(tmp_path):
     assert (kinds["If"], kinds["Conv"]) == (1, 2)
 
 
+@pytest.mark.parametrize("always_open", [0, 1])
+def test_wide_groups_are_added_up(tmp_path, always_open: int):
+    """Told that groups of 2 channels are wide: a branch for each, which is run for those that open it."""
+    gate = ChannelGate(6, 2, always_open=always_open)
+    module = GatedSequential(conv(CHANNELS, 6), nn.BatchNorm2d(6), nn.ReLU(), gate, conv(6, CHANNELS))
+    edges = [
+        Edge(start="x", end="a", module=module, name="groups", fixed=True, gate=Pixels),
+        Edge(start="x", end="a", module=nn.Identity(), name="skip", fixed=True),
+        Edge(start="a", end="y", module=classifier(), name="last", fixed=True),
+    ]
+    network = stir(SuperNetwork(edges, input_shape=(CHANNELS, SIDE, SIDE)), 0).eval()
+    bits = [[bool(row >> place & 1) for place in range(3 - always_open)] for row in range(8)]
+    x = opening(network, bits)
+    path = export_conditional(conditional(network, None), tmp_path / "network.onnx", x, branches=1, wide=2)
+    run, expected = load(path), reference(network, x)[0]
+    for row, is_open in enumerate(bits):
+        torch.testing.assert_close(run(x[row : row + 1]), expected[row : row + 1], rtol=1e-4, atol=1e-5)
+        assert run_counts(path, x[row : row + 1])["Conv"] == 2 * (sum(is_open) + always_open)
+
+
 @pytest.mark.parametrize(("kind", "seed"), [("both", 3), ("mixed", 2), ("exits", 1)])
 def test_any_network_is_exported(tmp_path, kind: str, seed: int):
     network = any_network(kind, seed, nodes=3, extra=2)

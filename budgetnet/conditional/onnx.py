@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -17,7 +18,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from budgetnet.conditional.bodies import Body, Pattern, Step, run_steps
+from budgetnet.conditional.bodies import Body, Pattern, Step, Variant, run_steps, step_of
 from budgetnet.conditional.branches import Branch
 from budgetnet.conditional.network import ConditionalNetwork
 from budgetnet.errors import ConfigError
@@ -30,13 +31,16 @@ UNDECIDED = 1e-4
 """Distance of a logit from its threshold that rounding may bridge."""
 
 
-def export_conditional(network: ConditionalNetwork, path: str | Path, example: Tensor, *, branches: int = 8) -> Path:
+def export_conditional(
+    network: ConditionalNetwork, path: str | Path, example: Tensor, *, branches: int = 8, wide: int = 32
+) -> Path:
     """Writes a network to an ONNX file that takes one example and runs what its gates open.
 
-    Each edge that may be closed is a branch of an `If`, and so is all that lies behind an exit. Channel groups of an
-    edge become a branch for each combination of the open ones where there are few combinations; otherwise they are
-    computed and multiplied by 0 or 1, as many small convolutions take longer than the one they are cut from.
-    A branch holds its own weights: the runtime brings only those into the layout it computes in.
+    Each edge that may be closed is a branch of an `If`, and so is all that lies behind an exit. The channel groups of
+    an edge become a branch for each combination of open ones, where there are few; or a branch for each group, what
+    the groups bring being added up, where they are wide and lie between two convolutions. Otherwise they are computed
+    and multiplied by 0 or 1: many thin convolutions take longer than the one that they are cut from. A branch holds
+    its own weights, as the runtime brings only those into the layout in which it is fast.
 
     Args:
         network: stays as it is.
@@ -44,6 +48,7 @@ def export_conditional(network: ConditionalNetwork, path: str | Path, example: T
         example: `(B, C, H, W)` real examples, on each of which the file is compared with the network.
         branches: largest number of combinations of an edge's groups that are written as branches; n groups that are
             decided on take 2^n and hold the edge's weights up to 2^(n - 1) times. 1 for none.
+        wide: channels from which on a group has a branch of its own.
 
     Raises:
         ConfigError: the path ends in something else, a layer cannot be written, or the file does not compute what
@@ -58,7 +63,7 @@ def export_conditional(network: ConditionalNetwork, path: str | Path, example: T
     network = copy.deepcopy(network).cpu().float()
     part = path.with_name(path.name + ".part.onnx")
     try:
-        onnx.save(written(network, branches), str(part))
+        onnx.save(written(network, branches, wide), str(part))
         compare(network, load(part), example)
         part.replace(path)
     finally:
@@ -96,9 +101,9 @@ def margin(network: ConditionalNetwork, x: Tensor) -> float:
     return min(seen)
 
 
-def written(network: ConditionalNetwork, branches: int) -> onnx.ModelProto:
+def written(network: ConditionalNetwork, branches: int, wide: int) -> onnx.ModelProto:
     """The model of a network on the CPU, in float32."""
-    writer = Writer(network, branches)
+    writer = Writer(network, branches, wide)
     scope = Scope(writer.names)
     output = writer.go_on(scope, place=0, exit=0, known={network.source: Known("x")})
     name = scope.node("Identity", [output], output="y")
@@ -206,19 +211,18 @@ class Scope:
 
 
 class Frozen(nn.Module):
-    """A body on the channels of one pattern, its weights copied.
+    """A body on some of its channels, its weights copied.
 
     Args:
-        body: from which.
-        pattern: groups that are open.
+        variant: of the body.
+        channels: of its output.
     """
 
-    def __init__(self, body: Body, pattern: Pattern) -> None:
+    def __init__(self, variant: Variant, channels: int) -> None:
         super().__init__()
         self.reads: Tensor | None
         self.writes: Tensor | None
-        variant = body.variant(pattern)
-        self.channels = body.channels
+        self.channels = channels
         self.kinds = [(step.kind, step.options) for step in variant.steps]
         self.layers = nn.ModuleList(nn.Identity() if step.layer is None else step.layer for step in variant.steps)
         for name, values in (("reads", variant.reads), ("writes", variant.writes)):
@@ -239,6 +243,19 @@ class Frozen(nn.Module):
         if self.writes is not None:
             x = x.new_zeros(len(x), self.channels, *x.shape[2:]).index_copy(1, self.writes, x)
         return x
+
+
+def part_of(body: Body, owner: int) -> Variant:
+    """The hidden channels that one decision opens, and what they bring to the output, without its bias."""
+    kept = torch.tensor([place for place, own in enumerate(body.owners[0]) if own == owner])
+    ends = [(None if before is None else kept, None if behind is None else kept) for before, behind in body.places]
+    steps = [step_of(layer, *channels) for layer, channels in zip(body.layers, ends, strict=True)]
+    return Variant(None, (*steps[:-1], steps[-1]._replace(bias=None)), None, ())
+
+
+def as_it_is(value: str, scope: Scope) -> str:
+    """A branch that passes on what was there before."""
+    return value
 
 
 class Pieces(nn.Module):
@@ -305,7 +322,7 @@ class Asked:
 
     Attributes:
         condition: `(1, 1)` bool, whether the example takes the edge; None for always.
-        bits: `(1, 1)` bool of each channel group, where they choose a branch.
+        bits: `(1, 1)` bool of each channel group, where they choose branches.
         table: `(1, n)` bool of all groups, where they mask.
     """
 
@@ -320,22 +337,26 @@ class Writer:
     Args:
         network: on the CPU, in float32.
         branches: as `export_conditional` has them.
+        wide: likewise.
     """
 
-    def __init__(self, network: ConditionalNetwork, branches: int) -> None:
-        self.network, self.branches, self.names = network, branches, count()
+    def __init__(self, network: ConditionalNetwork, branches: int, wide: int) -> None:
+        self.network, self.branches, self.wide, self.names = network, branches, wide, count()
         pieces, shapes = Pieces(), network.shapes
-        places: dict[tuple[str, str, Pattern], int] = {}
+        places: dict[tuple[str, str, Pattern | int], int] = {}
         for edge in network.edges:
+            body, start = edge.body, shapes[edge.start]
             if edge.head is not None:
-                places["head", edge.name, ()] = pieces.add(edge.head, shapes[edge.start])
-            if edge.body.passes:
-                continue
-            for pattern in self._patterns(edge):
-                places["body", edge.name, pattern] = pieces.add(Frozen(edge.body, pattern), shapes[edge.start])
-            if not self._patterns(edge):
-                whole = Frozen(edge.body, edge.body.full)
-                places["masked", edge.name, ()] = pieces.add(whole, shapes[edge.start], (edge.body.groups,))
+                places["head", edge.name, ()] = pieces.add(edge.head, start)
+            kind = "" if body.passes else self._kind(edge)
+            for pattern in self._patterns(edge) if kind == "tree" else []:
+                frozen = Frozen(body.variant(pattern), body.channels)
+                places["body", edge.name, pattern] = pieces.add(frozen, start)
+            for owner in sorted(set(body.owners[0])) if kind == "sum" else []:
+                places["body", edge.name, owner] = pieces.add(Frozen(part_of(body, owner), body.channels), start)
+            if kind == "mask":
+                frozen = Frozen(body.variant(body.full), body.channels)
+                places["body", edge.name, body.full] = pieces.add(frozen, start, (body.groups,))
         for node in network.order[1:]:
             if type(network.activations[node]) is not nn.Identity:
                 places["activation", str(node), ()] = pieces.add(network.activations[node], shapes[node])
@@ -372,7 +393,7 @@ class Writer:
         return known[self.network.sink].name
 
     def _leave(self, edge: Branch, start: Known, asked: Asked, scope: Scope) -> str:
-        return self._activated(scope, self.network.sink, self._body(scope, edge, start, asked))
+        return self._activated(scope, self.network.sink, self._added(scope, edge, start, asked, None))
 
     def _enter(self, scope: Scope, node: int, known: Mapping[int, Known]) -> Known:
         """Writes the value of a node: the edges that are always taken, then an `If` for each of the others."""
@@ -383,9 +404,8 @@ class Writer:
         for edge in entering:
             asked = self._asked(scope, edge, known[edge.start])
             if asked.condition is None:
-                value = self._body(scope, edge, known[edge.start], asked)
                 settled = total is None and edge.body.passes and known[edge.start].positive
-                total = value if total is None else scope.node("Add", [total, value])
+                total = self._added(scope, edge, known[edge.start], asked, total)
             else:
                 choices.append((edge, asked))
         rectifies = type(self.network.activations[node]) is nn.ReLU
@@ -407,8 +427,7 @@ class Writer:
 
     def _take(self, edge: Branch, start: Known, asked: Asked, total: str | None, node: int | None, scope: Scope) -> str:
         """Adds what an edge brings, and activates the sum if this is the last into the node."""
-        value = self._body(scope, edge, start, asked)
-        value = value if total is None else scope.node("Add", [value, total])
+        value = self._added(scope, edge, start, asked, total)
         return value if node is None else self._activated(scope, node, value)
 
     def _pass_by(self, node: int, total: str | None, activate: int | None, scope: Scope) -> str:
@@ -421,14 +440,49 @@ class Writer:
         piece = self.pieces.get(("activation", str(node), ()))
         return value if piece is None else scope.call(piece, [value])
 
-    def _body(self, scope: Scope, edge: Branch, start: Known, asked: Asked) -> str:
-        """Writes what is on an edge."""
-        if edge.body.passes:
-            return start.name
-        if asked.table is not None:
+    def _added(self, scope: Scope, edge: Branch, start: Known, asked: Asked, total: str | None) -> str:
+        """Writes the sum of `total`, None for nothing, and of what is on an edge."""
+        kind = "" if edge.body.passes else self._kind(edge)
+        if kind == "sum":
+            return self._groups(scope, edge, start, asked, total)
+        if kind == "mask":
+            assert asked.table is not None
             table = scope.node("Cast", [asked.table], to=TensorProto.FLOAT)
-            return scope.call(self.pieces["masked", edge.name, ()], [start.name, table])
-        return self._tree(edge, start, asked, (), scope)
+            value = scope.call(self.pieces["body", edge.name, edge.body.full], [start.name, table])
+        else:
+            value = self._tree(edge, start, asked, (), scope) if kind else start.name
+        return value if total is None else scope.node("Add", [value, total])
+
+    def _groups(self, scope: Scope, edge: Branch, start: Known, asked: Asked, total: str | None) -> str:
+        """A branch for each channel group, which adds what the group brings."""
+        bias = edge.body.layers[-1].bias
+        if total is None:
+            total = scope.constant(np.zeros((1, *self.network.shapes[edge.end]), np.float32))
+        if isinstance(bias, Tensor):
+            total = scope.node("Add", [total, scope.constant(bias.detach().numpy().reshape(1, -1, 1, 1))])
+
+        def add(inner: Scope, owner: int, before: str) -> str:
+            return inner.node("Add", [inner.call(self.pieces["body", edge.name, owner], [start.name]), before])
+
+        for owner in sorted(set(edge.body.owners[0])):
+            if owner == edge.body.groups:
+                total = add(scope, owner, total)
+            else:
+                before = total
+                then, otherwise = partial(add, owner=owner, before=before), partial(as_it_is, before)
+                total = scope.choose(asked.bits[owner], then, otherwise)
+        return total
+
+    def _kind(self, edge: Branch) -> str:
+        """How channel groups are written: a "tree" of their combinations, a "sum" of branches, or a "mask"."""
+        body = edge.body
+        if 2**body.groups <= max(1, self.branches):
+            return "tree"
+        sizes = Counter(body.owners[0])
+        between = [(None, 0), *[(0, 0)] * (len(body.layers) - 2), (0, None)]
+        hidden = len(body.owners) == 1 and list(body.places) == between and body.reads is None and body.writes is None
+        mixing = isinstance(body.layers[-1], nn.Conv2d)
+        return "sum" if hidden and mixing and min(sizes.values()) >= self.wide else "mask"
 
     def _tree(self, edge: Branch, start: Known, asked: Asked, pattern: Pattern, scope: Scope) -> str:
         """A branch for each combination of groups that continues `pattern`; those that close a site do not occur."""
@@ -444,10 +498,9 @@ class Writer:
             return ways[0](scope)
         return scope.choose(asked.bits[len(pattern)], *ways)
 
-    def _patterns(self, edge: Branch) -> list[Pattern]:
-        """Combinations of an edge's groups that become branches; none where they are masked."""
-        if 2**edge.body.groups > max(1, self.branches):
-            return []
+    @staticmethod
+    def _patterns(edge: Branch) -> list[Pattern]:
+        """Combinations of an edge's groups that leave no site without a channel."""
         return [pattern for pattern in product((True, False), repeat=edge.body.groups) if edge.body.alive(pattern)]
 
     def _asked(self, scope: Scope, edge: Branch, start: Known) -> Asked:
@@ -460,7 +513,7 @@ class Writer:
         if not groups:
             conditions.append(bits)
             return Asked(self._all(scope, conditions))
-        masked = not self._patterns(edge)
+        masked = self._kind(edge) == "mask"
         sizes = [1] * edge.own + ([groups] if masked else [1] * groups)
         parts = scope.split(bits, sizes)
         if edge.own:
