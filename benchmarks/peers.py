@@ -314,12 +314,12 @@ def measure(network: nn.Module, example: Tensor, batch: int, *, runs: int = 50) 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        torch_ms = latency(plain, last, runs=runs)
+        torch_ms = latency(plain, last, calls=runs)
     finally:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         exported = load(export(plain, Path(folder) / "network.onnx", example), threads=1)
-        onnxruntime_ms = latency(exported, x.contiguous(), runs=runs)
+        onnxruntime_ms = latency(exported, x.contiguous(), calls=runs)
     return {
         "macs": macs(plain, example),
         "params": sum(value.numel() for value in plain.parameters()),

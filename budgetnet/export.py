@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 import re
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from budgetnet.errors import ConfigError, FileError
+from budgetnet.timing import interleaved
 
 FORMATS = ("onnx", "pt2")
 PT2_FILE = re.compile(
@@ -56,7 +56,7 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
     example = torch.cat([example, example])[:2].cpu().float()  # a free batch size needs an example of two
     network = copy.deepcopy(network).cpu().eval()
     part = path.with_name(path.name + ".part")
-    with _quiet():
+    with quiet():
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
@@ -84,11 +84,8 @@ def load(path: str | Path, *, threads: int = 1) -> Callable[[Tensor], Tensor]:
     if not path.is_file():
         raise FileError(f"expected an exported network at {path}, found no file")
     if path.suffix == ".onnx":
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4
         try:
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = onnx_session(str(path), threads)
         except Exception as error:  # onnxruntime raises classes of its own for each kind of broken file
             raise FileError(f"{path} is no ONNX network that onnxruntime loads: {_line(error)}") from error
         inputs = [(each.name, each.type) for each in session.get_inputs()]
@@ -97,6 +94,14 @@ def load(path: str | Path, *, threads: int = 1) -> Callable[[Tensor], Tensor]:
         name = inputs[0][0]
         return lambda x: torch.from_numpy(np.asarray(session.run(None, {name: x.cpu().float().numpy()})[0]))
     raise FileError(f"an exported network ends in .onnx or .pt2, got {path.name!r}")
+
+
+def onnx_session(model: str | bytes, threads: int) -> ort.InferenceSession:
+    """A file, or a model's bytes, in onnxruntime on the CPU."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def load_program(path: str | Path) -> torch.export.ExportedProgram:
@@ -112,7 +117,7 @@ def load_program(path: str | Path) -> torch.export.ExportedProgram:
     if not path.is_file():
         raise FileError(f"expected an exported network at {path}, found no file")
     try:
-        with _quiet():
+        with quiet():
             _refuse_code(path)
             return torch.export.load(path)
     except Exception as error:  # torch.export names no one error for a broken file
@@ -126,21 +131,14 @@ def difference(a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor], x: 
 
 
 @torch.no_grad()
-def latency(run: Callable[[Tensor], Tensor], x: Tensor, *, runs: int = 200, warm_up: int = 20) -> dict[str, float]:
-    """Milliseconds of `run(x)`: median, 10th and 90th percentile of `runs` calls after a warm-up."""
-    for _ in range(warm_up):
-        run(x)
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter_ns()
-        run(x)
-        times.append((time.perf_counter_ns() - start) / 1e6)
-    p10, median, p90 = np.percentile(times, [10, 50, 90])
-    return {"median": float(median), "p10": float(p10), "p90": float(p90)}
+def latency(run: Callable[[Tensor], Tensor], x: Tensor, *, calls: int = 200) -> dict[str, float]:
+    """Milliseconds of `run(x)`: median, 10th and 90th percentile of the calls that no other job interrupted."""
+    timing = interleaved([lambda: run(x)], calls=calls)[0]
+    return {"median": timing.quantile(0.5), "p10": timing.quantile(0.1), "p90": timing.quantile(0.9)}
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the exporters' own progress and deprecation notes from the console."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

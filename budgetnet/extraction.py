@@ -6,6 +6,7 @@ import copy
 import re
 from math import prod
 from operator import add
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from budgetnet.errors import ConfigError
 from budgetnet.gated import GatedSequential
 from budgetnet.supernet import SuperNetwork, evaluating
+
+Plain = TypeVar("Plain", bound=nn.Module)
 
 
 def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
@@ -92,7 +95,7 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
     return plain.train(network.training)
 
 
-def fold_batch_norm(network: fx.GraphModule) -> fx.GraphModule:
+def fold_batch_norm(network: Plain) -> Plain:
     """A copy for inference in which each batch norm right behind a convolution has become part of it."""
     folded = copy.deepcopy(network).eval()
     for parent in list(folded.modules()):

@@ -103,10 +103,10 @@ def test_an_export_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_latency_is_a_median_between_its_percentiles():
     calls = []
-    measured = latency(lambda x: calls.append(x), torch.zeros(1), runs=50, warm_up=3)
+    measured = latency(lambda x: calls.append(x), torch.zeros(1), calls=50)
     assert list(measured) == ["median", "p10", "p90"]
     assert 0 < measured["p10"] <= measured["median"] <= measured["p90"]
-    assert len(calls) == 53
+    assert len(calls) >= 50
 
 
 def test_difference_is_the_largest_of_any_output():

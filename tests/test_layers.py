@@ -11,8 +11,8 @@ import budgetnet
 
 LAYERS = (
     *("errors", "version", "graph", "sites", "blocks", "gated", "choices", "rows", "supernet"),
-    *("spaces", "weights", "costs"),
-    *("objectives", "budgets", "data", "options", "extraction", "export", "conditional", "evaluation", "inference"),
+    *("spaces", "weights", "extraction", "timing", "export", "onnx_pieces", "assembly", "costs"),
+    *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
     *("selection", "runs", "architectures", "measure"),
     *("report", "training", "session", "delivery", "search", "console", "cli", "__init__", "__main__"),
 )

@@ -5,24 +5,24 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import count, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from budgetnet.conditional.bodies import Body, Pattern, Step, Variant, run_steps, step_of
 from budgetnet.conditional.branches import Branch
 from budgetnet.conditional.network import ConditionalNetwork
 from budgetnet.errors import ConfigError
-from budgetnet.export import _quiet, load
+from budgetnet.export import load
+from budgetnet.onnx_pieces import Pieces, Scope
 
 TOLERANCE = 1e-3
 """Largest difference, relative to the largest output, of a file from its network."""
@@ -121,16 +121,6 @@ def written(network: ConditionalNetwork, branches: int, wide: int) -> onnx.Model
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Part of an exported graph: the nodes between its inputs and its output, and their weights."""
-
-    inputs: tuple[str, ...]
-    output: str
-    nodes: list[onnx.NodeProto]
-    weights: list[onnx.TensorProto]
-
-
-@dataclass(frozen=True)
 class Known:
     """A node's value in the graph.
 
@@ -143,71 +133,6 @@ class Known:
     name: str
     reached: str | None = None
     positive: bool = False
-
-
-class Scope:
-    """A graph that is being written: the whole, or a branch.
-
-    Args:
-        names: numbers for names, none twice in the whole model.
-    """
-
-    def __init__(self, names: Iterator[int]) -> None:
-        self.names = names
-        self.nodes: list[onnx.NodeProto] = []
-        self.weights: list[onnx.TensorProto] = []
-
-    def node(self, kind: str, inputs: Sequence[str], *, output: str | None = None, **attributes: Any) -> str:
-        """Adds a node and names its output."""
-        name = output or f"{kind.lower()}_{next(self.names)}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
-        return name
-
-    def split(self, value: str, sizes: Sequence[int]) -> list[str]:
-        """Cuts the columns of a `(1, n)` tensor into parts and names them."""
-        if len(sizes) == 1:
-            return [value]
-        names = [f"part_{next(self.names)}" for _ in sizes]
-        self.nodes.append(helper.make_node("Split", [value, self.constant(np.array(sizes, np.int64))], names, axis=1))
-        return names
-
-    def constant(self, values: np.ndarray[Any, Any]) -> str:
-        """Adds an array and names it."""
-        name = f"constant_{next(self.names)}"
-        self.weights.append(numpy_helper.from_array(values, name))
-        return name
-
-    def call(self, piece: Piece, inputs: Sequence[str]) -> str:
-        """Adds a copy of a piece, with names of its own, and names its output."""
-        names = dict(zip(piece.inputs, inputs, strict=True))
-        for weight in piece.weights:
-            new = onnx.TensorProto()
-            new.CopyFrom(weight)
-            new.name = names[weight.name] = f"weight_{next(self.names)}"
-            self.weights.append(new)
-        for node in piece.nodes:
-            fresh = onnx.NodeProto()
-            fresh.CopyFrom(node)
-            del fresh.input[:], fresh.output[:]
-            fresh.name = ""
-            fresh.input.extend(names[name] if name else "" for name in node.input)
-            for name in node.output:
-                names[name] = f"{node.op_type.lower()}_{next(self.names)}" if name else ""
-            fresh.output.extend(names[name] if name else "" for name in node.output)
-            self.nodes.append(fresh)
-        return names[piece.output]
-
-    def choose(self, condition: str, then: Callable[[Scope], str], otherwise: Callable[[Scope], str]) -> str:
-        """Adds an `If` whose branches are written by the two functions, which name their output."""
-        graphs = []
-        for write in (then, otherwise):
-            scope = Scope(self.names)
-            output = write(scope)
-            if output not in {name for node in scope.nodes for name in node.output}:
-                output = scope.node("Identity", [output])  # a branch has to make what it gives
-            value = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
-            graphs.append(helper.make_graph(scope.nodes, f"branch_{next(self.names)}", [], [value], scope.weights))
-        return self.node("If", [condition], then_branch=graphs[0], else_branch=graphs[1])
 
 
 class Frozen(nn.Module):
@@ -256,64 +181,6 @@ def part_of(body: Body, owner: int) -> Variant:
 def as_it_is(value: str, scope: Scope) -> str:
     """A branch that passes on what was there before."""
     return value
-
-
-class Pieces(nn.Module):
-    """Modules side by side, each on an input of its own, to be exported together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList()
-        self.shapes: list[tuple[tuple[int, ...], ...]] = []
-
-    def add(self, module: nn.Module, *shapes: Sequence[int]) -> int:
-        """Notes a module and the shapes of what it takes; its number."""
-        self.parts.append(module)
-        self.shapes.append(tuple((1, *shape) for shape in shapes))
-        return len(self.parts) - 1
-
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Each part on its own inputs."""
-        given = iter(values)
-        return tuple(part(*[next(given) for _ in shapes]) for part, shapes in zip(self.parts, self.shapes, strict=True))
-
-    def exported(self) -> tuple[list[Piece], onnx.ModelProto]:
-        """Each part as a piece of a graph, and the model that they come from.
-
-        Raises:
-            ConfigError: the exporter cannot write a part.
-        """
-        examples = tuple(torch.randn(shape) for shapes in self.shapes for shape in shapes)
-        names = [f"in_{place}" for place in range(len(examples))]
-        ends = [f"out_{place}" for place in range(len(self.parts))]
-        try:
-            with _quiet(), torch.no_grad():
-                program = torch.export.export(self.eval(), examples)
-                done = torch.onnx.export(program, (), input_names=names, output_names=ends, dynamo=True, verbose=False)
-        except Exception as error:  # the exporter has classes of its own for whatever it does not know
-            raise ConfigError(f"a layer cannot be written to ONNX: {str(error).strip().splitlines()[0]}") from error
-        assert done is not None
-        model = done.model_proto
-        given = iter(names)
-        taken = [tuple(next(given) for _ in shapes) for shapes in self.shapes]
-        return [cut_out(model.graph, own, end) for own, end in zip(taken, ends, strict=True)], model
-
-
-def cut_out(graph: onnx.GraphProto, inputs: tuple[str, ...], output: str) -> Piece:
-    """The nodes that lead from some inputs to an output."""
-    weights = {weight.name: weight for weight in graph.initializer}
-    needed, nodes, held = {output}, [], []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            if any(
-                attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-                for attribute in node.attribute
-            ):
-                raise ConfigError(f"a layer with control flow of its own cannot be written, got {node.op_type}")
-            nodes.append(node)
-            needed.update(node.input)
-    held = [weight for name, weight in weights.items() if name in needed]
-    return Piece(inputs, output, nodes[::-1], held)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from math import prod
 from operator import add
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,21 @@ class ChannelCost:
         return (channels[:, self.before] * channels[:, self.behind]) @ self.weights.to(bits.device)
 
 
+class EdgeInside(Protocol):
+    """What stands in the place of an edge's cost where its channels have gates."""
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """First unit of the edge's groups and the one behind the last."""
+
+    @property
+    def least(self) -> Tensor:
+        """`(groups,)` 1 for the fewest groups with which the edge is not closed."""
+
+    def __call__(self, used: Tensor) -> Tensor:
+        """Maps `(B, U)` used units to the `(B,)` cost of this edge, where it is used; differentiable."""
+
+
 @dataclass(frozen=True, eq=False)
 class EdgeCost:
     """Sum over used edges, over the additions where they meet, and over the activations behind them.
@@ -77,7 +92,7 @@ class EdgeCost:
     per_addition: Tensor
     per_node: Tensor
     unit: str
-    channels: Mapping[int, ChannelCost] = field(default_factory=dict)
+    channels: Mapping[int, EdgeInside] = field(default_factory=dict)
     per_head: Mapping[int, float] = field(default_factory=dict)
     exits: Mapping[int, Sequence[int]] = field(default_factory=dict)
 

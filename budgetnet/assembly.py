@@ -1,0 +1,219 @@
+"""The network of one architecture as a function in the runtime it will be used in, built in a moment to be timed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Literal
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from budgetnet.export import onnx_session
+from budgetnet.extraction import extract, fold_batch_norm
+from budgetnet.gated import GatedSequential
+from budgetnet.onnx_pieces import Piece, Pieces, Scope
+from budgetnet.supernet import Shape, SuperNetwork
+from budgetnet.timing import Timing, interleaved
+
+Runtime = Literal["onnxruntime", "torch", "compiled"]
+Run = Callable[[], object]
+
+YARDSTICK = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1))
+YARD = (16, 32, 32)
+"""What it takes: channels, height and width."""
+
+
+class Assembler:
+    """Builds what is timed: a module of a network by itself, or the whole network of an architecture.
+
+    Batch norms are folded. For onnxruntime each kind of module goes through torch's exporter once; what is
+    left of it when channels are closed is the same graph with smaller weights.
+
+    Args:
+        network: the space; looked at as it is now.
+        runtime: "onnxruntime", "torch" (eager) or "compiled" (`torch.compile`, default settings).
+        threads: that the runtime may use.
+        batch: examples in the input.
+        device: where torch runs.
+    """
+
+    def __init__(self, network: SuperNetwork, *, runtime: Runtime, threads: int, batch: int, device: str) -> None:
+        self.network, self.runtime, self.threads, self.batch = network, runtime, threads, batch
+        self.device = torch.device(device)
+        modules = list(network.modules_on_edges)
+        self.edges = [edge for edge, module in enumerate(modules) if not passes(module)]
+        self.nodes = [node for node, module in enumerate(network.activations) if not passes(module)]
+        self.folded = {edge: self._folded(modules[edge]) for edge in self.edges}
+        self.pieces: dict[str, Piece] = {}
+        if runtime == "onnxruntime":
+            self._export()
+
+    @staticmethod
+    def kind(module: nn.Module, shape: Shape) -> str:
+        """What tells modules apart whose times differ: their layers and the shape of what they take."""
+        return f"{' '.join(repr(module).split())} on {'x'.join(map(str, shape))}"
+
+    def edge_kind(self, edge: int) -> str:
+        """The kind of an edge's module with all its channels."""
+        return self.kind(self.folded[edge], self.network.shapes[self.network.graph.edges[edge][0]])
+
+    @staticmethod
+    def _folded(module: nn.Module) -> nn.Module:
+        if isinstance(module, GatedSequential):
+            module = module.narrowed(torch.ones(module.groups))[0]
+        return fold_batch_norm(module)
+
+    def alone(self, edge: int, bits: Tensor) -> Run:
+        """An edge by itself, with those of its `(groups,)` channel groups that are open."""
+        start = self.network.graph.edges[edge][0]
+        module, into, _ = self._narrowed(edge, bits)
+        shape = self.network.shapes[start] if into is None else (len(into), *self.network.shapes[start][1:])
+
+        def write(scope: Scope, value: str) -> str:
+            return self._call(scope, self.edge_kind(edge), module, value)
+
+        return self._run(module, shape, write)
+
+    def activation(self, node: int) -> Run:
+        """A node's activation by itself."""
+        module, shape = self.network.activations[node], self.network.shapes[node]
+        return self._run(module, shape, lambda scope, value: self._call(scope, self.kind(module, shape), module, value))
+
+    def addition(self, node: int) -> Run:
+        """The sum of two values of a node by itself."""
+        shape = self.network.shapes[node]
+        return self._run(Doubled(), shape, lambda scope, value: scope.node("Add", [value, value]))
+
+    def nothing(self) -> Run:
+        """A call that computes next to nothing: what a runtime takes for being called."""
+        return self._run(nn.ReLU(), (1, 1, 1), lambda scope, value: scope.node("Relu", [value]))
+
+    def yardstick(self) -> Run:
+        """A fixed network, the same for every space."""
+        return self._run(
+            YARDSTICK, YARD, lambda scope, value: self._call(scope, self.kind(YARDSTICK, YARD), YARDSTICK, value)
+        )
+
+    def whole(self, kept: Tensor) -> Run:
+        """The extracted network of an architecture, `(1, G)`.
+
+        Raises:
+            ConfigError: it does not connect input and output.
+        """
+        plain = fold_batch_norm(extract(self.network, kept))
+        return self._run(plain, self.network.input_shape, lambda scope, value: self._whole(scope, value, kept))
+
+    def times(self, ways: Sequence[Run], calls: int) -> list[Timing]:
+        """Times what was built, in turns, with the threads that were asked for."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return interleaved(ways, calls=calls, device=self.device)
+        finally:
+            torch.set_num_threads(before)
+
+    def _run(self, module: nn.Module, shape: Shape, write: Callable[[Scope, str], str]) -> Run:
+        example = torch.randn(self.batch, *shape)
+        if self.runtime == "onnxruntime":
+            session = onnx_session(self._model(example.shape, write).SerializeToString(), self.threads)
+            feed = {"x": example.numpy()}
+            return lambda: session.run(None, feed)
+        module = copy.deepcopy(module).to(self.device).eval()
+        run = torch.compile(module) if self.runtime == "compiled" else module
+        example = example.to(self.device)
+
+        def call() -> object:
+            with torch.inference_mode():
+                return run(example)
+
+        return call
+
+    def _model(self, shape: Sequence[int], write: Callable[[Scope, str], str]) -> onnx.ModelProto:
+        scope = Scope(count())
+        output = write(scope, "x")
+        values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))]
+        values.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
+        graph = helper.make_graph(scope.nodes, "assembled", values[:1], values[1:], scope.weights)
+        return helper.make_model(graph, opset_imports=self.opset, ir_version=self.ir)
+
+    def _whole(self, scope: Scope, value: str, kept: Tensor) -> str:
+        """Writes the network that `extract` gives: the same modules, gathers, scatters and sums."""
+        network, used = self.network, self.network.used(kept)
+        values = {network.graph.source: value}
+        for node in network.graph.order:
+            total: str | None = None
+            for edge in network.graph.incoming[node]:
+                if used[0, edge]:
+                    own = self._edge(scope, edge, used, values[network.graph.edges[edge][0]])
+                    total = own if total is None else scope.node("Add", [total, own])
+            if total is not None:
+                if node in self.nodes:
+                    module = network.activations[node]
+                    total = self._call(scope, self.kind(module, network.shapes[node]), module, total)
+                values[node] = total
+        return values[network.graph.sink]
+
+    def _edge(self, scope: Scope, edge: int, used: Tensor, value: str) -> str:
+        if edge not in self.edges:
+            return value
+        module, into, out = self._narrowed(edge, self.network.groups_of(edge, used)[0])
+        if into is not None:
+            value = scope.node("Gather", [value, scope.constant(into.cpu().numpy())], axis=1)
+        value = self._call(scope, self.edge_kind(edge), module, value)
+        if out is not None:
+            shape = self.network.shapes[self.network.graph.edges[edge][1]]
+            ends = np.zeros(2 * (1 + len(shape)), np.int64)
+            ends[1 + len(shape) + 1] = 1  # one channel of zeros behind the open ones, which closed channels read
+            place = np.full(shape[0], len(out), np.int64)
+            place[out.cpu().numpy()] = np.arange(len(out))
+            value = scope.node("Pad", [value, scope.constant(ends)])
+            value = scope.node("Gather", [value, scope.constant(place)], axis=1)
+        return value
+
+    def _call(self, scope: Scope, kind: str, module: nn.Module, value: str) -> str:
+        return scope.call(self.pieces[kind], [value], module.state_dict())
+
+    def _narrowed(self, edge: int, bits: Tensor) -> tuple[nn.Module, Tensor | None, Tensor | None]:
+        module = self.network.modules_on_edges[edge]
+        if not isinstance(module, GatedSequential):
+            return self.folded[edge], None, None
+        plain, into, out = module.narrowed(bits)
+        return fold_batch_norm(plain), into, out
+
+    def _export(self) -> None:
+        """Has each kind of module written once, with random weights: an exporter leaves out a bias of zeros."""
+        parts: dict[str, int] = {}
+        modules = Pieces(self.batch)
+        network = self.network
+        found = [(self.folded[edge], network.shapes[network.graph.edges[edge][0]]) for edge in self.edges]
+        found += [(network.activations[node], network.shapes[node]) for node in self.nodes]
+        found.append((YARDSTICK, YARD))
+        for module, shape in found:
+            kind = self.kind(module, shape)
+            if kind not in parts:
+                module = copy.deepcopy(module).cpu().eval()
+                for value in module.parameters():
+                    nn.init.normal_(value.data, std=0.1)
+                parts[kind] = modules.add(module, shape)
+        done, model = modules.exported()
+        self.opset = [opset for opset in model.opset_import if opset.domain == ""]
+        self.ir = model.ir_version
+        self.pieces = {kind: done[place] for kind, place in parts.items()}
+
+
+class Doubled(nn.Module):
+    """A value added to itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return x + x
+
+
+def passes(module: nn.Module) -> bool:
+    """Whether a module is an identity, which takes no time."""
+    return isinstance(module, nn.Identity)

@@ -1,0 +1,274 @@
+"""Milliseconds of the extracted network: predicted from a table of its modules' times, measured where it counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budgetnet.assembly import Assembler, Runtime
+from budgetnet.costs.additive import ChannelCost, EdgeCost, MACs
+from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, openings
+from budgetnet.costs.measured import Measured
+from budgetnet.costs.timetable import Setting, Timetable, fitted
+from budgetnet.errors import ConfigError
+from budgetnet.supernet import SuperNetwork
+from budgetnet.timing import quantile_share
+
+ALONE_CALLS, WHOLE_CALLS = 24, 64
+"""Timed calls of a module by itself, and of a whole network."""
+NETWORKS = {"compiled": 6}
+"""Whole networks that are measured before a search: so few where each takes long to build, else 48."""
+SLOWER, NOISY = 1.1, 0.25
+"""A machine is slower when the yardstick takes so many times as long; noisy when so many calls are interrupted."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one call of the extracted network, batch norms folded.
+
+    Attributes:
+        runtime: "onnxruntime", "torch" (eager) or "compiled" (`torch.compile`).
+        threads: that the runtime may use.
+        batch: examples in a call.
+        quantile: "median", or "p95": what 95 % of the calls stay within.
+        device: "cpu", or "cuda" for torch.
+        table: file of the modules' times: read where it is there, and written; "" for none.
+
+    Raises:
+        ConfigError: an option is outside its range.
+    """
+
+    runtime: str = "onnxruntime"
+    threads: int = 1
+    batch: int = 1
+    quantile: str = "median"
+    device: str = "cpu"
+    table: str = ""
+    key: ClassVar[str] = "latency"
+    unit: ClassVar[str] = "ms"
+
+    def __post_init__(self) -> None:
+        if self.runtime not in get_args(Runtime):
+            raise ConfigError(f"runtime must be {', '.join(get_args(Runtime))}, got {self.runtime!r}")
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and self.runtime == "onnxruntime"):
+            raise ConfigError(f"latency is measured on cpu, or of torch on cuda, got {self.runtime} on {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("latency on cuda needs a CUDA device, found none")
+        for name in ("threads", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+        quantile_share(self.quantile)
+
+    def bind(self, network: SuperNetwork) -> LatencyModel:
+        """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
+
+        Raises:
+            ConfigError: the network has gates that look at the input: its latency is no function of what is kept.
+            FileError: the table is no such file, or holds for another machine or setting.
+        """
+        if network.heads:
+            raise ConfigError(f"latency needs gates that do not look at the input, and {network.name} has such gates")
+        return LatencyModel(network, self)
+
+
+class LatencyModel:
+    """Latency of a network's architectures: `T(H) = w_0 + sum_g w_g S_g(H)` over kinds g of modules and sums.
+
+    `S_g` is what the table has for all used modules of that kind. The weights are fitted to whole networks that
+    were measured, before the search and during it.
+
+    Args:
+        network: the space.
+        cost: how latency is measured.
+
+    Attributes:
+        error: median relative error of predictions for networks that they were not fitted to.
+        notes: what was noticed about the machine.
+    """
+
+    unit = "ms"
+
+    def __init__(self, network: SuperNetwork, cost: Latency) -> None:
+        self.network, self.cost, self.notes = network, cost, dict[str, str]()
+        self.share = quantile_share(cost.quantile)
+        options = {"threads": cost.threads, "batch": cost.batch, "device": cost.device}
+        runtime: Runtime = cost.runtime  # type: ignore[assignment]
+        self.assembler = Assembler(network, runtime=runtime, **options)  # type: ignore[arg-type]
+        # a module of its own is not compiled: that takes seconds each
+        eager = runtime == "compiled"
+        self.modules = Assembler(network, runtime="torch", **options) if eager else self.assembler  # type: ignore[arg-type]
+        channels = MACs().bind(network).channels
+        self.sites = {edge: inside for edge, inside in channels.items() if isinstance(inside, ChannelCost)}
+        self._read()
+        self._time_modules()
+        self.parts = self._parts()
+        if len(self.table.networks) < (count := NETWORKS.get(cost.runtime, 48)):
+            generator = torch.Generator().manual_seed(0)
+            self.refit(widely(network, count - len(self.table.networks), generator), judge=False)
+        else:
+            self._fit()
+
+    def __call__(self, used: Tensor) -> Tensor:
+        """Maps `(B, U)` used units to `(B,)` float64 milliseconds, with a gradient where `used` has one."""
+        return self.base + self.times(used)
+
+    @property
+    def along_path(self) -> list[float]:
+        """What each edge and the node it enters add at least on a path of their own."""
+        source = self.network.graph.source
+        return [t + self.base * (start == source) for t, (start, _) in zip(
+            self.times.along_path, self.network.graph.edges, strict=True)]  # fmt: skip
+
+    def measure(self, kept: Tensor, *, calls: int = 200) -> list[Measured]:
+        """What the extracted networks of `(n, G)` architectures take, in turns on this machine."""
+        ways = [self.assembler.whole(row[None]) for row in kept]
+        *timings, yard = self.assembler.times([*ways, self.assembler.yardstick()], calls)
+        self._look_at(yard.quantile(0.5), float(np.mean([timing.disturbed for timing in timings])))
+        return [Measured(timing.quantile(self.share), *timing.interval(self.share)) for timing in timings]
+
+    def refit(self, kept: Tensor, *, judge: bool = True) -> None:
+        """Measures the networks of `(n, G)` architectures and fits the weights to all measured so far.
+
+        Args:
+            kept: connects input and output.
+            judge: take the prediction's error from these, before it knows them.
+        """
+        used = self.network.used(kept)
+        seen = [one.value / self.speed for one in self.measure(kept, calls=WHOLE_CALLS)]
+        before = self(used).tolist() if judge else []
+        parts = torch.stack([part(used) for part in self.parts.values()], dim=1).tolist()
+        self.table.networks += [
+            (dict(zip(self.parts, row, strict=True)), value) for row, value in zip(parts, seen, strict=True)
+        ]
+        self._fit()
+        if judge:
+            apart = [abs(a / self.speed / b - 1) for a, b in zip(before, seen, strict=True)]
+            self.error = float(np.median(apart))
+        self.save()
+
+    def save(self, path: str | Path | None = None) -> None:
+        """Writes the table to a file; None for the one that was asked for."""
+        path = path or self.cost.table
+        if path:
+            self.table.save(Path(path))
+
+    def _read(self) -> None:
+        """Takes up the table's file where there is one, and looks how fast the machine is now."""
+        setting = Setting.here(self.cost.runtime, self.cost.threads, self.cost.batch, self.cost.device)
+        timing = self.assembler.times([self.assembler.yardstick()], 200)[0]
+        now, path = timing.quantile(0.5), Path(self.cost.table)
+        self.table = Timetable.load(path, setting) if self.cost.table and path.is_file() else Timetable(setting, now)
+        self.speed = 1.0  # this machine's time over the table's
+        self._look_at(now, timing.disturbed)
+        if not 1 / SLOWER < now / self.table.yardstick < SLOWER:
+            self.speed = now / self.table.yardstick
+
+    def _look_at(self, yardstick: float, disturbed: float) -> None:
+        ratio = yardstick / self.table.yardstick
+        if ratio > SLOWER:
+            self.notes["slower"] = f"the machine is {ratio:.2f} times as slow as when the modules were timed"
+        if disturbed > NOISY:
+            self.notes["noisy"] = f"the machine is noisy: other jobs interrupted {100 * disturbed:.0f} % of the calls"
+
+    def _time_modules(self) -> None:
+        """Times each kind of module that the table does not have yet."""
+        network, modules = self.network, self.modules
+        ways = {}
+        for edge in modules.edges:
+            kind, site = modules.edge_kind(edge), self.sites.get(edge)
+            for bits in [torch.zeros(0)] if site is None else openings(site):
+                key = "" if site is None else counts_key(bits, site)
+                if key not in self.table.times.get(kind, {}):
+                    ways[kind, key] = modules.alone(edge, bits)
+        for node in modules.nodes:
+            kind = modules.kind(network.activations[node], network.shapes[node])
+            if kind not in self.table.times:
+                ways[kind, ""] = modules.activation(node)
+        for node, entering in enumerate(network.graph.incoming):
+            kind = addition_kind(network, node)
+            if len(entering) > 1 and kind not in self.table.times:
+                ways[kind, ""] = modules.addition(node)
+        if ways:
+            *timings, nothing = modules.times([*ways.values(), modules.nothing()], ALONE_CALLS)
+            for (kind, key), timing in zip(ways, timings, strict=True):
+                spent = max(timing.quantile(0.5) - nothing.quantile(0.5), 1e-6)
+                self.table.times.setdefault(kind, {})[key] = spent / self.speed
+
+    def _parts(self) -> dict[str, EdgeCost]:
+        """The table's milliseconds of what is used, for each kind."""
+        network, modules, times = self.network, self.modules, self.table.times
+        edges, nodes = len(network.graph.edges), len(network.graph.nodes)
+        found: dict[str, EdgeCost] = {}
+
+        def part(kind: str) -> EdgeCost:
+            none, still = torch.zeros(edges, dtype=torch.float64), torch.zeros(nodes, dtype=torch.float64)
+            empty = EdgeCost(network.graph, none, still, still.clone(), "ms", dict[int, ChannelTime]())
+            return found.setdefault(kind, empty)
+
+        for edge in modules.edges:
+            kind, site = modules.edge_kind(edge), self.sites.get(edge)
+            cost = part(kind)
+            if site is None:
+                cost.per_edge[edge] = times[kind][""]
+            else:
+                inside = channel_time(site, times[kind])
+                cost.channels[edge] = inside  # type: ignore[index]
+                cost.per_edge[edge] = float(inside(torch.ones(1, network.units))[0])
+        for node in modules.nodes:
+            kind = modules.kind(network.activations[node], network.shapes[node])
+            part(kind).per_node[node] = times[kind][""]
+        for node, entering in enumerate(network.graph.incoming):
+            if len(entering) > 1:
+                part(addition_kind(network, node)).per_addition[node] = times[addition_kind(network, node)][""]
+        return found
+
+    def _fit(self) -> None:
+        """Weighs the kinds by the whole networks that were measured."""
+        names = list(self.parts)
+        parts = np.array([[row.get(name, 0.0) for name in names] for row, _ in self.table.networks])
+        weights, self.error = fitted(parts, np.array([seen for _, seen in self.table.networks]))
+        weights = weights * self.speed
+        self.base = float(weights[0])
+        pairs = list(zip(self.parts.values(), weights[1:], strict=True))
+
+        def total(name: str) -> Tensor:
+            return torch.stack([getattr(part, name) * float(weight) for part, weight in pairs]).sum(dim=0)
+
+        channels = {
+            edge: inside.scaled(float(weight))
+            for part, weight in pairs
+            for edge, inside in part.channels.items()
+            if isinstance(inside, ChannelTime)
+        }
+        self.times = EdgeCost(
+            self.network.graph, total("per_edge"), total("per_addition"), total("per_node"), "ms", channels
+        )
+
+
+def addition_kind(network: SuperNetwork, node: int) -> str:
+    """What the table calls the sum of two values of a node's shape."""
+    return f"sum on {'x'.join(map(str, network.shapes[node]))}"
+
+
+def widely(network: SuperNetwork, count: int, generator: torch.Generator) -> Tensor:
+    """Architectures of all sizes that connect input and output, `(count, G)`, the full one first.
+
+    Each keeps another share of its edges, and each site another share of its channels.
+    """
+    found = [network.architecture("full")]
+    while len(found) < count:
+        share = torch.full((network.units,), float(torch.rand((), generator=generator)) ** 0.5)
+        for site in network.sites:
+            share[slice(*site.units)] = torch.rand((), generator=generator)
+        columns = torch.zeros(network.gate_count)
+        gated = [(unit, column) for unit, column in enumerate(network.gate_of) if column is not None]
+        columns[[column for _, column in gated]] = share[[unit for unit, _ in gated]]
+        kept = torch.bernoulli(columns, generator=generator)[None]
+        if bool(network.connects(network.used(kept))[0]):
+            found.append(kept)
+    return torch.cat(found)

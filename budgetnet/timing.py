@@ -1,0 +1,97 @@
+"""Times of functions, measured in turn so that what befalls the machine befalls them all alike."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from budgetnet.errors import ConfigError
+
+try:
+    import resource
+except ImportError:  # not on Windows, where nothing says that a call was interrupted
+    resource = None  # type: ignore[assignment]
+
+BURST = 10
+"""Calls of one function in a row; the first `COLD` of them, which find another's data in the caches, do not count."""
+COLD = 2
+ENOUGH = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Timing:
+    """How long the calls of one function took.
+
+    Attributes:
+        calls: milliseconds of each, in order, of those during which no other job took the processor away; of all
+            where fewer than `ENOUGH` were spared.
+        disturbed: share of the calls to which it happened.
+    """
+
+    calls: np.ndarray
+    disturbed: float
+
+    def quantile(self, share: float) -> float:
+        """Milliseconds that this share of the calls stays within."""
+        return float(np.quantile(self.calls, share))
+
+    def interval(self, share: float) -> tuple[float, float]:
+        """Between which milliseconds that quantile lies with 95 % confidence, from the calls' order alone."""
+        ordered, n = np.sort(self.calls), len(self.calls)
+        around = 1.96 * math.sqrt(n * share * (1 - share))
+        low, high = math.floor(n * share - around), math.ceil(n * share + around)
+        return float(ordered[max(0, low)]), float(ordered[min(n - 1, high)])
+
+
+def interleaved(
+    ways: Sequence[Callable[[], object]], *, calls: int = 200, device: torch.device | None = None
+) -> list[Timing]:
+    """Times functions in turns of `BURST` calls each.
+
+    Args:
+        ways: called without arguments.
+        calls: at least so many of each function count.
+        device: whose work a call waits for.
+    """
+    times: list[list[float]] = [[] for _ in ways]
+    switched: list[list[bool]] = [[] for _ in ways]
+    for turn in range(1 + math.ceil(calls / (BURST - COLD))):
+        for way, taken, interrupted in zip(ways, times, switched, strict=True):
+            for call in range(BURST):
+                before, start = _switches(), time.perf_counter_ns()
+                way()
+                if device is not None and device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                milliseconds = (time.perf_counter_ns() - start) / 1e6
+                if turn and call >= COLD:  # the first turn warms up
+                    taken.append(milliseconds)
+                    interrupted.append(_switches() > before)
+    return [_timing(np.array(taken), np.array(marks)) for taken, marks in zip(times, switched, strict=True)]
+
+
+def quantile_share(name: str) -> float:
+    """The share that "median" or "p95" stands for.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    match = re.fullmatch(r"p(\d{1,2}(?:\.\d+)?)", name)
+    if name != "median" and (match is None or not 0 < float(match[1]) < 100):
+        raise ConfigError(f"a quantile is median or p1 to p99, such as latency.p95, got {name!r}")
+    return 0.5 if match is None else float(match[1]) / 100
+
+
+def _timing(calls: np.ndarray, interrupted: np.ndarray) -> Timing:
+    alone = calls[~interrupted]
+    return Timing(alone if len(alone) >= ENOUGH else calls, float(interrupted.mean()))
+
+
+def _switches() -> int:
+    """How often the processor was taken from this process."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
