@@ -108,6 +108,14 @@ class Assembler:
         plain = fold_batch_norm(extract(self.network, kept))
         return self._run(plain, self.network.input_shape, lambda scope, value: self._whole(scope, value, kept))
 
+    def onnx_model(self, kept: Tensor) -> onnx.ModelProto:
+        """What `whole` runs in onnxruntime: the graph of a file by `export`, of the network as it was at first.
+
+        Modules whose channels have gates have the weights that they have now.
+        """
+        shape = (self.batch, *self.network.input_shape)
+        return self._model(shape, lambda scope, value: self._whole(scope, value, kept))
+
     def times(self, ways: Sequence[Run], calls: int) -> list[Timing]:
         """Times what was built, in turns, with the threads that were asked for."""
         before = torch.get_num_threads()
@@ -136,7 +144,7 @@ class Assembler:
     def _model(self, shape: Sequence[int], write: Callable[[Scope, str], str]) -> onnx.ModelProto:
         scope = Scope(count())
         output = write(scope, "x")
-        values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))]
+        values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *shape[1:]])]
         values.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
         graph = helper.make_graph(scope.nodes, "assembled", values[:1], values[1:], scope.weights)
         return helper.make_model(graph, opset_imports=self.opset, ir_version=self.ir)
@@ -188,7 +196,7 @@ class Assembler:
     def _export(self) -> None:
         """Has each kind of module written once, with random weights: an exporter leaves out a bias of zeros."""
         parts: dict[str, int] = {}
-        modules = Pieces(self.batch)
+        modules = Pieces(free=True)
         network = self.network
         found = [(self.folded[edge], network.shapes[network.graph.edges[edge][0]]) for edge in self.edges]
         found += [(network.activations[node], network.shapes[node]) for node in self.nodes]

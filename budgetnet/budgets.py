@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from budgetnet.costs import Activation, Layers, MACs, Params, Steps
+from budgetnet.costs import Activation, Latency, Layers, MACs, Memory, Params, Schedule, Steps
+from budgetnet.costs.drawn import DrawnModel
+from budgetnet.costs.function import function_in
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.objectives import hinge, squared
 from budgetnet.supernet import SuperNetwork
@@ -18,11 +20,19 @@ from budgetnet.supernet import SuperNetwork
 COSTS: dict[str, Callable[..., Any]] = {
     "macs": MACs,
     "params": Params,
+    "memory": Memory,
     "steps": Steps,
+    "schedule": Schedule,
     "activation": Activation,
     "layers": Layers,
+    "latency": Latency,
 }
-SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+SCALES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
+OWN_SCALES = {
+    "B": SCALES | {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9},
+    "ms": {"": 1.0, "us": 1e-3, "ms": 1.0, "s": 1e3},
+}
+"""What may stand behind a limit in these units, in place of `SCALES`."""
 TOLERANCE = 0.05
 """A target counts as met within this share of it."""
 
@@ -79,7 +89,7 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.at_most is None) == (self.target is None):
             raise ConfigError("a budget needs one limit: at_most or target")
-        _limit(self._given)
+        _limit(self._given, self.cost.unit)
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -103,9 +113,12 @@ class Budget:
     def bind(self, network: SuperNetwork) -> BoundBudget:
         """What it means for this network."""
         model = self.cost.bind(network)
-        limit = _limit(self._given)
-        full = float(model(network.used(network.architecture("full")))[0])
+        limit = _limit(self._given, self.cost.unit)
+        known = getattr(model, "full", None)  # as it was measured
+        full = float(model(network.used(network.architecture("full")))[0]) if known is None else float(known)
         number = limit.number / 100 * full if limit.percent else limit.number
+        if not number > 0:
+            raise ConfigError(f"{cost_name(self.cost)} of the full network is 0, of which {self._given} is no limit")
         return BoundBudget(cost_name(self.cost), model, number, full, self.at_most is not None)
 
     def __str__(self) -> str:
@@ -135,6 +148,18 @@ class BoundBudget:
         """The cost's unit."""
         return self.model.unit
 
+    @property
+    def exact(self) -> bool:
+        """Whether the model gives the cost itself; else training draws its values."""
+        return not isinstance(self.model, DrawnModel)
+
+    def cost(self, used: Tensor, x: Tensor | None = None) -> Tensor:
+        """The costs that training goes by, `(B,)`, of `(B, U)` architectures that serve examples `x` by slices.
+
+        A value that is drawn for each, where the cost is random or depends on the examples; else the model's own.
+        """
+        return self.model.draw(used, x) if isinstance(self.model, DrawnModel) else self.model(used)
+
     def penalty(self, cost: Tensor, limit: float) -> Tensor:
         """Penalty per unit of price of `(B,)` costs: hinge for "at most", squared distance for a target."""
         excess = cost / limit - 1
@@ -151,8 +176,12 @@ class BoundBudget:
 
         Costs never fall when a module is added, so it is a single path, and none where the fixed edges
         connect by themselves and no exit spares some of them. Where the cost can say what an edge costs
-        on a path of its own this is exact, but for a path that brings fixed edges beside it to life.
+        on a path of its own this is exact, but for a path that brings fixed edges beside it to life. A cost
+        that does not add up may know its own smallest architecture.
         """
+        if (smallest := getattr(self.model, "smallest", None)) is not None:
+            found: Tensor = smallest()
+            return found
         none = network.of_edges(())
         connected = bool(network.connects(network.used(none))[0])
         if connected and not network.exits:
@@ -164,12 +193,16 @@ class BoundBudget:
 
 
 def parse_cost(text: str) -> Cost:
-    """Reads a cost: `macs`, `steps:2`, `steps[workers=2]`.
+    """Reads a cost: `macs`, `steps:2`, `steps[workers=2]`, `latency.p95[threads=2]`, `costs.py:energy`.
 
     Raises:
         ConfigError: the cost or one of its options is unknown.
     """
-    match = re.fullmatch(r"(?P<name>\w+)(?::(?P<short>[^\[\]:]+)|\[(?P<options>[^\[\]]*)\])?", text.strip())
+    if (own := function_in(text, taken=COSTS)) is not None:
+        return own
+    match = re.fullmatch(
+        r"(?P<name>\w+)(?:\.(?P<part>\w+))?(?::(?P<short>[^\[\]:]+)|\[(?P<options>[^\[\]]*)\])?", text.strip()
+    )
     if match is None or match["name"] not in COSTS:
         raise ConfigError(f"costs are {', '.join(COSTS)} (steps:2, steps[workers=2]), got {text!r}")
     kind = COSTS[match["name"]]
@@ -181,6 +214,11 @@ def parse_cost(text: str) -> Cost:
     else:
         pairs = [part.partition("=") for part in (match["options"] or "").split(",") if part.strip()]
         given = {name.strip(): value.strip() for name, _, value in pairs}
+    if match["part"] is not None:
+        dotted = [field.name for field in fields(kind) if field.metadata.get("dotted")]  # type: ignore[arg-type]
+        if not dotted:
+            raise ConfigError(f"{match['name']} has no parts, got {text!r}")
+        given |= {dotted[0]: match["part"]}
     for name in given:
         if name not in kinds:
             raise ConfigError(f"{match['name']} has the options {', '.join(kinds) or 'none'}, got {name!r}")
@@ -188,22 +226,28 @@ def parse_cost(text: str) -> Cost:
 
 
 def cost_name(cost: Cost) -> str:
-    """How a cost is written: `macs`, `steps:2`; its default options are left out."""
+    """How a cost is written: `macs`, `steps:2`, `latency.p95`; its default options, and files, are left out."""
     known: tuple[Field[Any], ...] = fields(cost) if is_dataclass(cost) else ()
-    changed = [field for field in known if getattr(cost, field.name) != field.default]
+    changed = [
+        field for field in known if getattr(cost, field.name) != field.default and not field.metadata.get("file")
+    ]
+    name = "".join([cost.key, *(f".{getattr(cost, field.name)}" for field in changed if field.metadata.get("dotted"))])
+    changed = [field for field in changed if not field.metadata.get("dotted")]
     if not changed:
-        return cost.key
+        return name
     if changed == [known[0]]:
-        return f"{cost.key}:{getattr(cost, known[0].name)}"
-    return f"{cost.key}[{','.join(f'{field.name}={getattr(cost, field.name)}' for field in changed)}]"
+        return f"{name}:{getattr(cost, known[0].name)}"
+    return f"{name}[{','.join(f'{field.name}={getattr(cost, field.name)}' for field in changed)}]"
 
 
 def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> list[dict[str, Any]]:
     """The cost of the smallest, the expected and the full network beside each limit.
 
     Returns:
-        For each budget `{"cost", "unit", "limit", "smallest", "expected", "full"}`; the expected cost
-        is the mean over 1,024 samples of the gates as they start.
+        For each budget `{"cost", "unit", "limit", "smallest", "bound", "expected", "full"}`; the expected cost
+        is the mean over 1,024 samples of the gates as they start. Of a cost that may fall where modules are
+        added, "smallest" is the smallest of these, a path and the full network, "bound" is False, and
+        no limit is refused.
 
     Raises:
         UnreachableBudget: a limit lies below the smallest network, or a target above the full one;
@@ -215,24 +259,27 @@ def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> li
     for budget in budgets:
         path = network.used(budget.cheapest(network))
         smallest = float(budget.model(path)[0])
-        if smallest > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
+        costs, monotone = budget.model(sampled), bool(getattr(budget.model, "monotone", True))
+        if not monotone:
+            smallest = min([smallest, budget.full, *costs[network.connects(sampled)].tolist()])
+        if monotone and smallest > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
             raise UnreachableBudget(
                 f"{budget.name} must be {'at most' if budget.upper else 'near'} {budget.limit:.6g} {budget.unit}, but "
                 f"the smallest network of {network.name} takes {smallest:.6g}: {_binding(network, budget, path)}"
             )
-        if not budget.upper and budget.full < budget.limit * (1 - TOLERANCE):
+        if monotone and not budget.upper and budget.full < budget.limit * (1 - TOLERANCE):
             raise UnreachableBudget(
                 f"{budget.name} must come to {budget.limit:.6g} {budget.unit}, but the full network of {network.name} "
                 f"takes only {budget.full:.6g}"
             )
-        expected = float(budget.model(sampled).mean())
         rows.append(
             {
                 "cost": budget.name,
                 "unit": budget.unit,
                 "limit": budget.limit,
                 "smallest": smallest,
-                "expected": expected,
+                "bound": monotone,
+                "expected": float(costs.mean()),
                 "full": budget.full,
             }
         )
@@ -257,6 +304,8 @@ def fitting_path(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> Tenso
 
 
 def _binding(network: SuperNetwork, budget: BoundBudget, path: Tensor) -> str:
+    if (words := getattr(budget.model, "binding", None)) is not None:
+        return str(words(path))
     weights = getattr(budget.model, "along_path", None)
     edges = path[0, : len(network.graph.edges)].nonzero().flatten().tolist()
     if weights is None:
@@ -265,26 +314,29 @@ def _binding(network: SuperNetwork, budget: BoundBudget, path: Tensor) -> str:
     return ", ".join(f"{network.edge_names[edge]} {weights[edge]:.6g}" for edge in largest) + " weigh most"
 
 
-def _limit(given: float | str) -> _Limit:
-    text = str(given).strip()
-    match = re.fullmatch(r"(?P<number>[0-9.]+(?:[eE][+-]?[0-9]+)?)(?P<scale>%|[KMG]?B?)", text)
+def _limit(given: float | str, unit: str) -> _Limit:
+    scales = OWN_SCALES.get(unit, SCALES)
+    match = re.fullmatch(r"(?P<number>[0-9.]+(?:[eE][+-]?[0-9]+)?)(?P<scale>%|[A-Za-z]*)", str(given).strip())
     try:
         number = float(match["number"]) if match else 0.0
     except ValueError:
         number = 0.0
-    if match is None or not 0 < number < float("inf"):
-        raise ConfigError(f"a limit must be a number > 0, with K, M, G, KB, MB, GB or % behind it, got {given!r}")
-    return _Limit(number=number * SCALES.get(match["scale"], 1.0), percent=match["scale"] == "%")
+    if match is None or not 0 < number < float("inf") or match["scale"] not in (*scales, "%"):
+        known = ", ".join(scale for scale in scales if scale)
+        raise ConfigError(
+            f"a limit{f' in {unit}' if unit else ''} must be a number > 0, with {known} or % behind it, got {given!r}"
+        )
+    return _Limit(number=number * scales.get(match["scale"], 1.0), percent=match["scale"] == "%")
 
 
-def _value(text: str, kind: str, name: str) -> int | str | bool:
+def _value(text: str, kind: str, name: str) -> int | float | str | bool:
     if kind == "bool":
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"{name} must be true or false, got {text!r}")
         return text.lower() == "true"
-    if kind != "int":
+    if kind not in ("int", "float"):
         return text
     try:
-        return int(text)
+        return int(text) if kind == "int" else float(text)
     except ValueError:
-        raise ConfigError(f"{name} must be a whole number, got {text!r}") from None
+        raise ConfigError(f"{name} must be a {'whole ' if kind == 'int' else ''}number, got {text!r}") from None

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from budgetnet.options import SearchOptions
-from budgetnet.training import Sums
+from budgetnet.steering import Sums
 
 SIGNS = ((1e9, "G"), (1e6, "M"), (1e3, "K"))
 
@@ -23,13 +23,17 @@ class Bars:
         self.progress: Progress | None = None
         self.last = 0.0
 
+    def say(self, text: str) -> None:
+        """Prints what is being done."""
+        self.console.print(text, highlight=False)
+
     def begin(self, limits: list[dict[str, Any]], options: SearchOptions) -> None:
         """Prints the table of what can be reached, and starts the bar."""
         if limits:
             table = Table("cost", "smallest", "expected", "full", "limit", title="before training")
             for row in limits:
-                numbers = [quantity(row[key], row["unit"]) for key in ("smallest", "expected", "full", "limit")]
-                table.add_row(row["cost"], *numbers)
+                least, *numbers = [quantity(row[key], row["unit"]) for key in ("smallest", "expected", "full", "limit")]
+                table.add_row(row["cost"], least if row["bound"] else f"{least} seen", *numbers)
             self.console.print(table)
         self.epochs = options.epochs
         self.progress = Progress(

@@ -54,7 +54,8 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
     if kind not in FORMATS:
         raise ConfigError(f"a network is exported to a .onnx or .pt2 file, got {path.name!r}")
     example = torch.cat([example, example])[:2].cpu().float()  # a free batch size needs an example of two
-    network = copy.deepcopy(network).cpu().eval()
+    # channels last would be written into the graph, as strides
+    network = copy.deepcopy(network).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     part = path.with_name(path.name + ".part")
     with quiet():
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -131,10 +132,24 @@ def difference(a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor], x: 
 
 
 @torch.no_grad()
-def latency(run: Callable[[Tensor], Tensor], x: Tensor, *, calls: int = 200) -> dict[str, float]:
+def latency(run: Callable[[Tensor], object], x: Tensor, *, calls: int = 200) -> dict[str, float]:
     """Milliseconds of `run(x)`: median, 10th and 90th percentile of the calls that no other job interrupted."""
     timing = interleaved([lambda: run(x)], calls=calls)[0]
     return {"median": timing.quantile(0.5), "p10": timing.quantile(0.1), "p90": timing.quantile(0.9)}
+
+
+def file_latency(path: str | Path, x: Tensor, *, threads: int = 1, calls: int = 200) -> dict[str, float]:
+    """`latency` of an exported file in its own runtime, with nothing of ours around the call.
+
+    Raises:
+        FileError: as `load`.
+    """
+    run = load(path, threads=threads)
+    if Path(path).suffix != ".onnx":
+        return latency(run, x, calls=calls)
+    session = onnx_session(str(path), threads)
+    feed = {session.get_inputs()[0].name: x.cpu().float().numpy()}
+    return latency(lambda x: session.run(None, feed), x, calls=calls)
 
 
 @contextmanager

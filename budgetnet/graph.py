@@ -156,6 +156,22 @@ class Graph:
                     best[node] = (before[0] + weights[index], (*before[1], index))
         return best[self.sink][1]
 
+    def cheapest_through(self, weights: Sequence[float]) -> list[tuple[int, ...]]:
+        """For each edge a path from source to sink that takes it, of the least sum of `weights` (E, >= 0)."""
+        ahead: dict[int, tuple[float, tuple[int, ...]]] = {self.source: (0.0, ())}
+        for node in self.order:
+            for index in self.incoming[node]:
+                value, path = ahead[self.edges[index][0]]
+                if node not in ahead or value + weights[index] < ahead[node][0]:
+                    ahead[node] = (value + weights[index], (*path, index))
+        behind: dict[int, tuple[float, tuple[int, ...]]] = {self.sink: (0.0, ())}
+        for node in reversed(self.order):
+            for index in self.outgoing[node]:
+                value, path = behind[self.edges[index][1]]
+                if node not in behind or value + weights[index] < behind[node][0]:
+                    behind[node] = (value + weights[index], (index, *path))
+        return [(*ahead[start][1], index, *behind[end][1]) for index, (start, end) in enumerate(self.edges)]
+
 
 def topological_order(count: int, successors: Sequence[Sequence[int]], names: Sequence[str] = ()) -> tuple[int, ...]:
     """Nodes 0..count-1 so that each comes before its successors: reversed post-order of a depth-first search.

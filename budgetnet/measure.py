@@ -28,7 +28,7 @@ def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -
     Args:
         network: the space.
         kept: `(1, G)` decisions.
-        costs: as written in budgets; also "memory" and "latency", of the extracted network in torch.
+        costs: as written in budgets; also "latency", of the extracted network in torch.
 
     Returns:
         `{"costs": {"macs": 40899200, ...}, "units": {"macs": "MAC", ...}}`, keys as asked.
@@ -42,10 +42,9 @@ def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -
     values: dict[str, float] = {}
     units: dict[str, str] = {}
     for text in costs:
-        if text in ("memory", "latency"):
+        if text == "latency":
             plain = fold_batch_norm(extract(network, kept))
-            value = _memory(plain) if text == "memory" else _torch_latency(plain, network.input_shape)
-            values[text], units[text] = value, FILE_COSTS[text]
+            values[text], units[text] = _torch_latency(plain, network.input_shape), FILE_COSTS[text]
         else:
             cost = parse_cost(text)
             value = float(cost.bind(network)(used)[0])

@@ -66,9 +66,11 @@ class Scope:
             inputs: names of what it takes.
             weights: in place of its own, by the names that they have in the exported module.
         """
-        names = dict(zip(piece.inputs, inputs, strict=True))
+        names, sizes = dict(zip(piece.inputs, inputs, strict=True)), dict[str, int]()
         for weight in piece.weights:
             new, own = onnx.TensorProto(), (weights or {}).get(weight.name.split(".", 2)[-1])
+            if own is not None and len(own) != weight.dims[0]:
+                sizes[weight.name] = len(own)
             new.CopyFrom(weight if own is None else numpy_helper.from_array(own.detach().cpu().float().numpy()))
             new.name = names[weight.name] = f"weight_{next(self.names)}"
             self.weights.append(new)
@@ -78,6 +80,9 @@ class Scope:
             del fresh.input[:], fresh.output[:]
             fresh.name = ""
             fresh.input.extend(names[name] if name else "" for name in node.input)
+            for attribute in fresh.attribute:
+                if attribute.name == "group" and attribute.i > 1 and node.input[1] in sizes:
+                    attribute.i = sizes[node.input[1]]  # a depthwise convolution has a group for each channel
             for name in node.output:
                 names[name] = f"{node.op_type.lower()}_{next(self.names)}" if name else ""
             fresh.output.extend(names[name] if name else "" for name in node.output)
@@ -101,19 +106,19 @@ class Pieces(nn.Module):
     """Modules side by side, each on an input of its own, to be exported together.
 
     Args:
-        batch: examples in each input.
+        free: the pieces take any number of examples, as a file by `export` does; False for one.
     """
 
-    def __init__(self, batch: int = 1) -> None:
+    def __init__(self, *, free: bool = False) -> None:
         super().__init__()
-        self.batch = batch
+        self.free = free
         self.parts = nn.ModuleList()
         self.shapes: list[tuple[tuple[int, ...], ...]] = []
 
     def add(self, module: nn.Module, *shapes: Sequence[int]) -> int:
         """Notes a module and the shapes of what it takes; its number."""
         self.parts.append(module)
-        self.shapes.append(tuple((self.batch, *shape) for shape in shapes))
+        self.shapes.append(tuple((1 + self.free, *shape) for shape in shapes))
         return len(self.parts) - 1
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
@@ -132,7 +137,9 @@ class Pieces(nn.Module):
         ends = [f"out_{place}" for place in range(len(self.parts))]
         try:
             with quiet(), torch.no_grad():
-                program = torch.export.export(self.eval(), examples)
+                batch = torch.export.Dim("batch")
+                sizes = (tuple({0: batch} for _ in examples),) if self.free else None
+                program = torch.export.export(self.eval(), examples, dynamic_shapes=sizes)
                 done = torch.onnx.export(program, (), input_names=names, output_names=ends, dynamo=True, verbose=False)
         except Exception as error:  # the exporter has classes of its own for whatever it does not know
             raise ConfigError(f"a layer cannot be written to ONNX: {str(error).strip().splitlines()[0]}") from error

@@ -19,6 +19,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.3},
 }
 """What an option left at None becomes: for the score function, for Gumbel, and for gates that look at the input."""
+DRAWN = 16
+"""Architectures sampled for a batch, unless given, where each costs a call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class SearchOptions:
         gate_start: logit of every gate when sampling starts; 3 keeps an edge with probability 0.953.
         gate_limit: logits are kept in [-gate_limit, gate_limit] so that no gate is out of reach; 0 for no bound.
         architectures: architectures sampled for a batch, each serving a contiguous group of its
-            examples; "example" for one each, 1 for the batch (with the moving average).
+            examples; "example" for one each, 1 for the batch (with the moving average). Where a budget's
+            cost is drawn for each of them (a function of the network, of examples, or noisy) 16, unless given.
         baseline: what a sample's loss is compared with: "leave-one-out", the batch's other samples;
             "batch-mean", all of them (the papers'); "moving-average", earlier batches.
         price: "dual" finds it by dual ascent; a number is the papers' lambda, in loss per unit of C / limit.
@@ -208,12 +211,13 @@ class SearchOptions:
         asked = self._value("architectures")
         return examples if asked == "example" else min(int(asked), examples)
 
-    def resolved(self, *, conditional: bool = False, gated: bool = False) -> SearchOptions:
+    def resolved(self, *, conditional: bool = False, gated: bool = False, drawn: bool = False) -> SearchOptions:
         """These options with nothing left open.
 
         Args:
             conditional: whether gates look at the input.
             gated: whether channels have gates.
+            drawn: whether a cost has to be drawn for each sampled architecture.
 
         Raises:
             ConfigError: the score function is asked for gates that look at the input.
@@ -228,6 +232,8 @@ class SearchOptions:
         if conditional and self.finetune:
             raise ConfigError(f"gates that look at the input leave nothing to fine-tune, got finetune {self.finetune}")
         defaults = DEFAULTS["score" if estimator == "score" else "conditional" if conditional else "gumbel"]
+        if drawn:
+            defaults = defaults | {"architectures": min(DRAWN, self.batch_size)}
         given = {name: value for name in defaults if (value := getattr(self, name)) is not None}
         return replace(self, estimator=estimator, **(defaults | given))
 

@@ -34,18 +34,14 @@ class RunFolder:
                 other options.
             FileError: the run's options.json is damaged.
         """
+        self.check(resume=resume)
         if not (self.path / "options.json").exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                what = "a run to resume has its options.json" if resume else "a new run needs a new or empty folder"
-                raise ConfigError(f"{what}, got {self.path}")
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.write("options.json", options)
             except OSError as error:
                 raise ConfigError(f"a run needs a folder to write to, got {self.path}: {error.strerror}") from error
             return
-        if not resume:
-            raise ConfigError(f"{self.path} holds a run already: resume it (--resume) or choose another folder (--out)")
         before = self.read("options.json")
         missing = [key for key in options if key not in before]
         if missing:
@@ -54,6 +50,15 @@ class RunFolder:
             name, old, new = _first_difference(key, before.get(key), json.loads(json.dumps(options[key])))
             if name:
                 raise ConfigError(f"{self.path} was begun with {name} {old!r}; to resume it give the same, got {new!r}")
+
+    def check(self, *, resume: bool) -> None:
+        """Raises ConfigError where no run may be started in the folder, or there is a run and `resume` is off."""
+        if not (self.path / "options.json").exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                what = "a run to resume has its options.json" if resume else "a new run needs a new or empty folder"
+                raise ConfigError(f"{what}, got {self.path}")
+        elif not resume:
+            raise ConfigError(f"{self.path} holds a run already: resume it (--resume) or choose another folder (--out)")
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file whole or not at all."""

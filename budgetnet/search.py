@@ -16,7 +16,9 @@ from torch import Tensor
 
 from budgetnet.architectures import named
 from budgetnet.budgets import Budget, check_reachable
-from budgetnet.data import Dataset
+from budgetnet.costs import Function, Latency
+from budgetnet.costs.measured import LearningModel
+from budgetnet.data import Batches, Dataset
 from budgetnet.delivery import Found, deliver
 from budgetnet.errors import ConfigError
 from budgetnet.options import SearchOptions, resolve_device, resolve_precision
@@ -58,14 +60,20 @@ def search(
         UnreachableBudget: no architecture keeps the budgets.
         DivergenceError: the loss became infinite; the last checkpoint is kept.
     """
-    options = (options or SearchOptions()).resolved(conditional=bool(space.heads), gated=bool(space.sites))
+    asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
+    drawn = any(isinstance(budget.cost, Function) and budget.cost.drawn for budget in asked)
+    options = (options or SearchOptions()).resolved(conditional=bool(space.heads), gated=bool(space.sites), drawn=drawn)
     check_fit(space, data)
     if not budgets and architecture is None:
         raise ConfigError("a search needs at least one budget, such as macs<=25%, got none")
-    asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
+    run = RunFolder(out if out is not None else next_folder(Path("runs"), f"{data.name}-{space.name}"))
+    run.check(resume=resume)
+    asked = [on_examples(in_folder(budget, run.path), data, options) for budget in asked]
     network = copy.deepcopy(space)
     with torch.no_grad():
         network.gates.reset(float(options.gate_start or 0.0))
+    if progress and any(isinstance(budget.cost, Latency) for budget in asked):
+        progress.say(f"timing the modules of {space.name} on this machine")
     bound = [budget.bind(network) for budget in asked]
     limits = check_reachable(network, bound)
     fixed = named(space, architecture) if isinstance(architecture, str) else architecture
@@ -75,9 +83,11 @@ def search(
         raise ConfigError("an architecture to train must connect input and output, got one that does not")
     device = resolve_device(options.device)
     dtype = resolve_precision(options.precision, device)
-    run = RunFolder(out if out is not None else next_folder(Path("runs"), f"{data.name}-{space.name}"))
     asked_for = provenance(space, data, asked, options, fixed, command, device, dtype)
     run.create(asked_for, resume=resume)
+    for budget in bound:
+        if isinstance(budget.model, LearningModel):
+            budget.model.save()
     learner = Learner(network, bound, options, ignore=data.ignore, device=device, dtype=dtype)
     learner.chosen = fixed
     session = Session(run, data, learner, options)
@@ -87,6 +97,20 @@ def search(
     while session.epoch < options.epochs:
         session.run_epoch(progress)
     return deliver(session, limits)
+
+
+def in_folder(budget: Budget, folder: Path) -> Budget:
+    """The budget with the file that its cost keeps, where it keeps one, in a run's folder."""
+    cost = budget.cost
+    return replace(budget, cost=cost.kept_in(folder)) if isinstance(cost, Latency) else budget
+
+
+def on_examples(budget: Budget, data: Dataset, options: SearchOptions) -> Budget:
+    """The budget whose cost, where it reads examples, is measured on validation images in a random order."""
+    if not isinstance(budget.cost, Function):
+        return budget
+    batches = Batches(data.validation, batch_size=options.batch_size, seed=options.seed, drop_last=False)
+    return replace(budget, cost=budget.cost.on(lambda: (x for x, _ in batches.epoch(0))))
 
 
 def check_fit(space: SuperNetwork, data: Dataset) -> None:

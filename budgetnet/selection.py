@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from budgetnet.budgets import BoundBudget, fitting_path
+from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.errors import UnreachableBudget
 from budgetnet.sites import log_prob
 from budgetnet.supernet import SuperNetwork
+
+NEAR = 6
+"""Of the likeliest architectures so many are measured before the choice among all."""
+ATTEMPTS = 5
+TRIES = 2
+CLOSE = 0.02
+"""Share of a limit that may be left."""
 
 
 def pareto_front(cost: Tensor, quality: Tensor) -> Tensor:
@@ -76,8 +86,8 @@ def probable(
     score = log_prob(logits, drawn, network.relevant(drawn))
     pool = torch.cat([mended, drawn[score.argsort(descending=True, stable=True)]])
     unique: dict[tuple[float, ...], None] = {}  # in order
-    for row in dict.fromkeys(map(tuple, pool.tolist())):
-        if len(unique) < count:
+    for tried, row in enumerate(dict.fromkeys(map(tuple, pool.tolist()))):
+        if len(unique) < count and tried < TRIES * count:  # many may become the same when they are filled up
             whole = filled(network, budgets, torch.tensor([row]), logits, wanted.clone())
             unique[tuple(whole[0].tolist())] = None
     if not unique:
@@ -87,6 +97,68 @@ def probable(
             f"{tightest.name} at {tightest.limit:.6g} {tightest.unit}"
         )
     return torch.tensor(list(unique))
+
+
+def measured_to_fit(
+    network: SuperNetwork, budgets: Sequence[BoundBudget], *, count: int, generator: torch.Generator
+) -> tuple[Tensor, dict[str, list[float]]]:
+    """Candidates that keep every budget, by what was measured where a cost can be: those that leave least first.
+
+    Where predictions were too high or too low for what a limit allows, the limit that they go by is moved and
+    candidates are drawn again.
+
+    Returns:
+        `(n, G)` architectures as `probable` gives them, 1 <= n <= count, and of each budget the costs of all.
+
+    Raises:
+        UnreachableBudget: none was found that keeps all budgets together.
+    """
+    models = [budget.model for budget in budgets]
+    if not any(isinstance(model, MeasuredModel) for model in models):
+        pool = probable(network, budgets, count=count, generator=generator)
+        used = network.used(pool)
+        return pool, {budget.name: budget.model(used).tolist() for budget in budgets}
+    for model in models:
+        if isinstance(model, LearningModel):  # predictions are best where they were learned
+            model.refit(probable(network, budgets, count=min(count, NEAR), generator=generator))
+    wanted, seen, good = list(budgets), dict[tuple[float, ...], list[float]](), list[tuple[float, ...]]()
+    for _ in range(ATTEMPTS):
+        pool = probable(network, wanted, count=count, generator=generator)
+        new = pool[[tuple(row) not in seen for row in pool.tolist()]]
+        if not len(new):
+            break
+        columns = [_measured(network, budget, new) for budget in budgets]
+        keep = torch.stack([met for _, met in columns]).all(dim=0).tolist()
+        rows = list(map(tuple, new.tolist()))
+        seen |= dict(zip(rows, map(list, zip(*[values for values, _ in columns], strict=True)), strict=True))
+        good += [row for row, fits in zip(rows, keep, strict=True) if fits]
+        good.sort(key=lambda row: room(budgets, seen[row]))
+        if good and room(budgets, seen[good[0]]) < CLOSE:
+            break
+        for place, (budget, (values, _)) in enumerate(zip(budgets, columns, strict=True)):
+            if isinstance(budget.model, MeasuredModel):
+                share = budget.limit / median(values) * (1 - CLOSE / 2)
+                wanted[place] = replace(wanted[place], limit=wanted[place].limit * min(1.1, max(0.7, share)))
+    if not good:
+        limits = ", ".join(f"{budget.name} at {budget.limit:.6g} {budget.unit}" for budget in budgets)
+        raise UnreachableBudget(f"of {len(seen)} networks of {network.name} that were measured none keeps {limits}")
+    best = good[:count]
+    return torch.tensor(best), {budget.name: [seen[row][place] for row in best] for place, budget in enumerate(budgets)}
+
+
+def room(budgets: Sequence[BoundBudget], costs: Sequence[float]) -> float:
+    """What is left of the tightest limit, as a share of it; 0 where there are targets alone."""
+    return min((1 - cost / each.limit for each, cost in zip(budgets, costs, strict=True) if each.upper), default=0.0)
+
+
+def _measured(network: SuperNetwork, budget: BoundBudget, kept: Tensor) -> tuple[list[float], Tensor]:
+    """Costs of `(n, G)` architectures, and whether they keep the budget, also where they are measured again."""
+    if not isinstance(budget.model, MeasuredModel):
+        cost = budget.model(network.used(kept))
+        return cost.tolist(), budget.met(cost)
+    found = budget.model.measure(kept)
+    surely = torch.tensor([one.high if budget.upper else one.value for one in found], dtype=torch.float64)
+    return [one.value for one in found], budget.met(surely)
 
 
 def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> Tensor:
@@ -149,8 +221,8 @@ def filled(
 ) -> Tensor:
     """`(1, G)` `kept` and the most probable of the `(G,)` wanted gates that it can use within all budgets.
 
-    Channels of a module that is dropped, or closed altogether, are not opened again, and no exit is taken,
-    which would leave unused what is behind it.
+    Where no gate is of use alone, gates are added that make a path together. Channels of a module that is dropped,
+    or closed altogether, are not opened again, and no exit is taken, which would leave unused what is behind it.
     """
     wanted[[column for edge in network.exits if (column := network.gate_of[edge]) is not None]] = False
     while True:
@@ -161,8 +233,37 @@ def filled(
         absent = absent[logits[absent].argsort(descending=True, stable=True)]
         more = kept.repeat(len(absent), 1)
         more[torch.arange(len(absent)), absent] = 1
-        useful = trimmed(network, more).gather(1, absent[:, None])[:, 0].bool()
-        fits = (useful & keeps(network, budgets, more)).nonzero()
-        if not len(fits):
+        fits = _useful(network, kept, more) & keeps(network, budgets, more)
+        if bool(fits.any()):
+            # as many of them together as fit, from the most probable on; the first one does
+            more = more[fits].cumsum(dim=0).clamp(max=1)
+            fits = keeps(network, budgets, more)
+        else:
+            more = _with_paths(network, kept, logits, wanted)
+            fits = _useful(network, kept, more) & keeps(network, budgets, more)
+            more, fits = more[fits][:1], fits[fits][:1]
+        if not bool(fits.any()):
             return kept
-        kept = more[int(fits[0])][None]
+        kept = more[int(fits.nonzero()[-1])][None]
+
+
+def _useful(network: SuperNetwork, kept: Tensor, more: Tensor) -> Tensor:
+    """Whether `(B, G)` architectures use all that they have beside `(1, G)` `kept`, `(B,)` bool."""
+    return ((trimmed(network, more) > 0) | (kept > 0) | (more == 0)).all(dim=1)
+
+
+def _with_paths(network: SuperNetwork, kept: Tensor, logits: Tensor, wanted: Tensor) -> Tensor:
+    """`kept` with what is missing of a path through each dropped edge, of wanted gates alone, likeliest first."""
+    unlikely = torch.nn.functional.softplus(-logits) * (kept[0] == 0)
+    columns = network.gate_of[: len(network.graph.edges)]
+    weights = [0.0 if column is None else float(unlikely[column]) for column in columns]
+    found: dict[tuple[int, ...], float] = {}
+    for path in network.graph.cheapest_through(weights):
+        gates = {column for edge in path if (column := columns[edge]) is not None}
+        missing = tuple(sorted(column for column in gates if not kept[0, column]))
+        if len(missing) > 1 and bool(wanted[list(missing)].all()):
+            found[missing] = sum(float(unlikely[column]) for column in missing)
+    more = kept.repeat(len(found), 1)
+    for row, missing in enumerate(sorted(found, key=lambda gates: found[gates])):
+        more[row, list(missing)] = 1
+    return more

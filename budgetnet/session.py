@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
+from math import sqrt
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from budgetnet.architectures import describe
+from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.errors import FileError
 from budgetnet.evaluation import Predict, evaluate, recalibrate
@@ -20,15 +23,19 @@ from budgetnet.options import SearchOptions
 from budgetnet.report.records import Record
 from budgetnet.report.run import Run
 from budgetnet.runs import RunFolder
-from budgetnet.selection import keeps, probable
+from budgetnet.selection import keeps, measured_to_fit, room
 from budgetnet.sites import entropy
-from budgetnet.training import Learner, Sums
+from budgetnet.steering import Sums
+from budgetnet.training import Learner
 
 CHECKPOINT_SECONDS = 60  # within an epoch; where a checkpoint falls changes no result
 
 
 class Progress(Protocol):
     """Who is told how it goes."""
+
+    def say(self, text: str) -> None:
+        """What is done before, where it takes its time."""
 
     def begin(self, limits: list[dict[str, Any]], options: SearchOptions) -> None:
         """Before training: the smallest, expected and full cost beside each limit."""
@@ -115,7 +122,8 @@ class Session:
             raise FileError(f"{name} must hold an architecture once one is chosen, and none before")
         if fixed is not None and chosen is not None and not torch.equal(fixed.to(chosen), chosen):
             raise FileError(f"{name} must hold the architecture that was asked for, got another")
-        if not self.fixed and chosen is not None and not bool(keeps(self.network, self.budgets, chosen)[0]):
+        counted = [budget for budget in self.budgets if not isinstance(budget.model, MeasuredModel)]
+        if not self.fixed and chosen is not None and not bool(keeps(self.network, counted, chosen)[0]):
             raise FileError(f"the architecture in {name} does not keep the budgets")
 
     def save(self) -> None:
@@ -154,6 +162,8 @@ class Session:
             if time.monotonic() - last > CHECKPOINT_SECONDS:
                 last = time.monotonic()
                 self.save()
+        if phase == "search":
+            self.correct()
         self.seconds += time.monotonic() - started
         line = self.line(phase)
         self.run.append_metrics(line)
@@ -161,6 +171,15 @@ class Session:
         self.save()
         if progress:
             progress.epoch(line)
+
+    def correct(self) -> None:
+        """Measures some architectures as they are sampled now, where costs are predicted, and learns from them."""
+        for model in [budget.model for budget in self.budgets]:
+            if isinstance(model, LearningModel) and model.each_epoch:
+                kept = self.network.sampled(4 * model.each_epoch, seeded(torch.device("cpu"), 1, self.epoch))
+                kept = kept[self.network.connects(self.network.used(kept))]
+                if len(kept):
+                    model.refit(kept[: model.each_epoch])
 
     def line(self, phase: str) -> dict[str, Any]:
         """What metrics.jsonl keeps of this epoch."""
@@ -203,6 +222,7 @@ class Session:
                     "sampled": cost,
                     "mode": float(budget.model(used)[0]),
                     "price": price.value if searching else None,
+                    "error": budget.model.error if isinstance(budget.model, LearningModel) else None,
                 }
                 for budget, limit, cost, price in zip(self.budgets, limits, costs, self.learner.prices, strict=True)
             ],
@@ -247,15 +267,19 @@ class Session:
         return self.quality(predict, self.validation)
 
     def choose(self) -> None:
-        """Projects onto the budgets: of the probable architectures that keep them all, the best on validation data."""
+        """Projects onto the budgets: of the probable architectures that keep them all, the best on validation data.
+
+        Among those that the validation images cannot tell from the best, the one that leaves the least of its
+        tightest budget: there is fine-tuning to come.
+        """
         generator = torch.Generator().manual_seed(self.options.seed)
-        pool = probable(self.network, self.budgets, count=self.options.candidates, generator=generator)
+        pool, costs = measured_to_fit(self.network, self.budgets, count=self.options.candidates, generator=generator)
         qualities = [self.judge(kept[None], afresh=True) for kept in pool]
         measure = "mean_iou" if self.data.task == "segmentation" else "accuracy"
         scores = [quality[measure] for quality in qualities]
-        best = scores.index(max(scores))
+        rooms = [room(self.budgets, own) for own in zip(*costs.values(), strict=True)] or [0.0] * len(pool)
+        best = best_of(scores, rooms, images=len(self.data.validation))
         used = self.network.used(pool)
-        costs = {budget.name: budget.model(used).tolist() for budget in self.budgets}
         self.candidates = [
             {
                 "costs": {name: values[place] for name, values in costs.items()},
@@ -306,6 +330,14 @@ class Session:
     def write_architecture(self, kept: Tensor) -> None:
         """Writes architecture.json: the graph, what is kept and used, how probable and how costly it is."""
         self.run.write("architecture.json", describe(self.network, kept, self.budgets))
+
+
+def best_of(scores: Sequence[float], rooms: Sequence[float], *, images: int) -> int:
+    """Of candidates within one standard error of the best score, a share of `images`, the one with the least room."""
+    top = max(scores)
+    error = sqrt(top * (1 - top) / images)
+    return min((room, place) for place, (score, room) in enumerate(zip(scores, rooms, strict=True))
+               if score >= top - error)[1]  # fmt: skip
 
 
 def seeded(device: torch.device, seed: int, step: int) -> torch.Generator:

@@ -2,6 +2,10 @@
 
 from budgetnet.costs.activation import Activation, Layers
 from budgetnet.costs.additive import MACs, Params
+from budgetnet.costs.function import Function
+from budgetnet.costs.latency import Latency
+from budgetnet.costs.memory import Memory
+from budgetnet.costs.schedule import Schedule
 from budgetnet.costs.steps import Steps
 
-__all__ = ["Activation", "Layers", "MACs", "Params", "Steps"]
+__all__ = ["Activation", "Function", "Latency", "Layers", "MACs", "Memory", "Params", "Schedule", "Steps"]

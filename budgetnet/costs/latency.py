@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, get_args
 
@@ -23,6 +23,8 @@ ALONE_CALLS, WHOLE_CALLS = 24, 64
 """Timed calls of a module by itself, and of a whole network."""
 NETWORKS = {"compiled": 6}
 """Whole networks that are measured before a search: so few where each takes long to build, else 48."""
+EACH_EPOCH = {"compiled": 0}
+"""Whole networks that are measured after an epoch of a search, else 4."""
 SLOWER, NOISY = 1.1, 0.25
 """A machine is slower when the yardstick takes so many times as long; noisy when so many calls are interrupted."""
 
@@ -46,9 +48,9 @@ class Latency:
     runtime: str = "onnxruntime"
     threads: int = 1
     batch: int = 1
-    quantile: str = "median"
+    quantile: str = field(default="median", metadata={"dotted": True})
     device: str = "cpu"
-    table: str = ""
+    table: str = field(default="", metadata={"file": True})
     key: ClassVar[str] = "latency"
     unit: ClassVar[str] = "ms"
 
@@ -63,6 +65,18 @@ class Latency:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         quantile_share(self.quantile)
+
+    def kept_in(self, folder: Path) -> Latency:
+        """The same with its table in a folder, where no other file was asked for.
+
+        Raises:
+            ConfigError: the file that was asked for has no folder to be in.
+        """
+        if not self.table:
+            return replace(self, table=str(folder / f"latency-{self.runtime}-{self.threads}-{self.batch}.json"))
+        if not Path(self.table).parent.is_dir():
+            raise ConfigError(f"a table of times needs a folder to be in, got {self.table!r}")
+        return self
 
     def bind(self, network: SuperNetwork) -> LatencyModel:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
@@ -95,7 +109,7 @@ class LatencyModel:
 
     def __init__(self, network: SuperNetwork, cost: Latency) -> None:
         self.network, self.cost, self.notes = network, cost, dict[str, str]()
-        self.share = quantile_share(cost.quantile)
+        self.share, self.each_epoch = quantile_share(cost.quantile), EACH_EPOCH.get(cost.runtime, 4)
         options = {"threads": cost.threads, "batch": cost.batch, "device": cost.device}
         runtime: Runtime = cost.runtime  # type: ignore[assignment]
         self.assembler = Assembler(network, runtime=runtime, **options)  # type: ignore[arg-type]
@@ -107,9 +121,9 @@ class LatencyModel:
         self._read()
         self._time_modules()
         self.parts = self._parts()
-        if len(self.table.networks) < (count := NETWORKS.get(cost.runtime, 48)):
-            generator = torch.Generator().manual_seed(0)
-            self.refit(widely(network, count - len(self.table.networks), generator), judge=False)
+        missing = NETWORKS.get(cost.runtime, 48) - len(self.known)
+        if missing > 0:
+            self.refit(widely(network, missing, torch.Generator().manual_seed(0)), judge=False)
         else:
             self._fit()
 
@@ -118,11 +132,16 @@ class LatencyModel:
         return self.base + self.times(used)
 
     @property
+    def full(self) -> float:
+        """Milliseconds of the full network, as it was measured before the search."""
+        return self.known[0][1] * self.speed
+
+    @property
     def along_path(self) -> list[float]:
         """What each edge and the node it enters add at least on a path of their own."""
         source = self.network.graph.source
-        return [t + self.base * (start == source) for t, (start, _) in zip(
-            self.times.along_path, self.network.graph.edges, strict=True)]  # fmt: skip
+        starts = [start for start, _ in self.network.graph.edges]
+        return [own + self.base * (start == source) for own, start in zip(self.times.along_path, starts, strict=True)]
 
     def measure(self, kept: Tensor, *, calls: int = 200) -> list[Measured]:
         """What the extracted networks of `(n, G)` architectures take, in turns on this machine."""
@@ -151,11 +170,15 @@ class LatencyModel:
             self.error = float(np.median(apart))
         self.save()
 
-    def save(self, path: str | Path | None = None) -> None:
-        """Writes the table to a file; None for the one that was asked for."""
-        path = path or self.cost.table
-        if path:
-            self.table.save(Path(path))
+    def save(self) -> None:
+        """Writes the table to its file, once there is a folder for it."""
+        if self.cost.table and Path(self.cost.table).parent.is_dir():
+            self.table.save(Path(self.cost.table))
+
+    @property
+    def known(self) -> list[tuple[dict[str, float], float]]:
+        """The whole networks in the table that are of this space."""
+        return [(parts, seen) for parts, seen in self.table.networks if set(parts) == set(self.parts)]
 
     def _read(self) -> None:
         """Takes up the table's file where there is one, and looks how fast the machine is now."""
@@ -230,8 +253,8 @@ class LatencyModel:
     def _fit(self) -> None:
         """Weighs the kinds by the whole networks that were measured."""
         names = list(self.parts)
-        parts = np.array([[row.get(name, 0.0) for name in names] for row, _ in self.table.networks])
-        weights, self.error = fitted(parts, np.array([seen for _, seen in self.table.networks]))
+        parts = np.array([[row[name] for name in names] for row, _ in self.known])
+        weights, self.error = fitted(parts, np.array([seen for _, seen in self.known]))
         weights = weights * self.speed
         self.base = float(weights[0])
         pairs = list(zip(self.parts.values(), weights[1:], strict=True))

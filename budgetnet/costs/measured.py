@@ -27,7 +27,7 @@ class MeasuredModel(Protocol):
     """A cost whose own value is seen on the extracted network only.
 
     Calling it predicts, which is what training, cutting and filling up go by; what is handed over keeps its limit
-    by `measure`.
+    by `measure`. One that learns from what it measures has `refit` beside it: see `LearningModel`.
     """
 
     @property
@@ -39,3 +39,24 @@ class MeasuredModel(Protocol):
 
     def measure(self, kept: Tensor) -> list[Measured]:
         """What the extracted networks of `(n, G)` architectures cost, measured side by side."""
+
+
+@runtime_checkable
+class LearningModel(MeasuredModel, Protocol):
+    """A measured cost whose predictions are corrected by what is measured.
+
+    Attributes:
+        error: median relative error of predictions for networks that were not known to them.
+        notes: what was noticed about the machine, by kind.
+        each_epoch: architectures to measure after each epoch of a search.
+    """
+
+    error: float
+    notes: dict[str, str]
+    each_epoch: int
+
+    def refit(self, kept: Tensor) -> None:
+        """Measures the networks of `(n, G)` architectures and corrects the predictions."""
+
+    def save(self) -> None:
+        """Writes what is known to its file."""

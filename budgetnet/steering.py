@@ -1,0 +1,303 @@
+"""What steers the gates: who decides them, limits, prices, the objective and the gates' own step; for every loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from budgetnet.budgets import BoundBudget
+from budgetnet.costs.drawn import DrawnModel
+from budgetnet.errors import ConfigError, FileError
+from budgetnet.objectives import (
+    MOVING,
+    MovingTarget,
+    Price,
+    SteppedTarget,
+    annealed,
+    batch_activation,
+    const_quad,
+    gate_weight_decay,
+    per_architecture,
+    per_gate,
+    score_function_loss,
+    squared,
+)
+from budgetnet.options import SearchOptions
+from budgetnet.report.records import Record
+from budgetnet.runs import load_tensors
+from budgetnet.sites import AlwaysOn, Fixed, Gumbel, Policy, Sample, entropy, log_prob
+from budgetnet.supernet import SuperNetwork
+
+
+@dataclass
+class Sums:
+    """What an epoch's steps add up to; means are taken over images (loss, right) or samples (the rest)."""
+
+    images: int = 0
+    loss: float = 0.0
+    right: float = 0.0
+    samples: int = 0
+    connected: float = 0.0
+    costs: list[float] = field(default_factory=list)
+    opened: list[float] = field(default_factory=list)  # of each gate, in how many samples
+
+
+class Steering:
+    """Gates, prices and targets: all of a search but the weights.
+
+    Args:
+        network: its gates are learned in place.
+        budgets: of this network.
+        options: of the search.
+
+    Attributes:
+        prices: of each budget.
+        targets: of each budget, where they follow the batches.
+        starts: expected costs when sampling began; empty before.
+        average: of loss and penalty, over earlier batches of the search.
+        chosen: `(1, G)` the architecture that is gone on with, None before one is chosen.
+    """
+
+    def __init__(self, network: SuperNetwork, budgets: Sequence[BoundBudget], options: SearchOptions) -> None:
+        self.network, self.budgets = network, tuple(budgets)
+        self.options = options = options.resolved(conditional=bool(network.heads), gated=bool(network.sites))
+        assert options.gate_rate is not None
+        assert options.proportional is not None
+        if options.target != "linear" and (free := [budget.name for budget in budgets if budget.full == 0]):
+            raise ConfigError(f"a {options.target} target is a share of the full network's cost, whose {free[0]} is 0")
+        kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+        self.gate_optimizer = kinds[options.gate_optimizer](
+            network.gates.parameters(), lr=options.gate_rate, weight_decay=self.gate_decay
+        )
+        fixed = None if options.price == "dual" else options.price
+        self.prices = [Price(options.proportional, options.integral, fixed) for _ in budgets]
+        moving = options.target in MOVING
+        self.targets = [MovingTarget(b.limit / b.full, kind=options.target) for b in budgets if moving]
+        self.starts: list[float] = []
+        self.average: float | None = None
+        self.chosen: Tensor | None = None
+
+    @property
+    def gate_decay(self) -> float:
+        """Weight decay of whatever decides the gates."""
+        asked = self.options.gate_decay
+        return gate_weight_decay(self.network.gate_count) if asked == "papers" else float(asked)
+
+    def policy(self, phase: str, examples: int, generator: torch.Generator) -> Policy:
+        """Who decides the gates in this phase."""
+        if phase == "warmup":
+            # each way out serves its share of the batch, so that every classifier is worth something when gates decide
+            return Fixed(self.network.ways()) if self.network.exits else AlwaysOn()
+        if phase == "search":
+            count = self.options.sampled(examples)
+            if self.options.estimator == "score":
+                return Sample(count, generator)
+            return Gumbel(count, self.options.temperature, self.options.estimator == "gumbel", generator)
+        assert self.chosen is not None
+        return Fixed(self.chosen)
+
+    def begin_search(self) -> None:
+        """Sets the gates to their start, and notes where the costs begin to fall from."""
+        start = self.options.gate_start
+        assert start is not None
+        self.network.gates.reset(start)
+        for edge, head in self.network.heads.items():
+            if int(edge) not in self.network.exits:  # an exit begins as it was made: mostly closed
+                head.reset(start)  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(self.options.seed)
+        used = self.network.used(self.network.sampled(1024, generator))
+        self.starts = [float(budget.model(used).mean()) for budget in self.budgets]
+
+    def begin_epoch(self) -> None:
+        """Takes moving targets back to their start."""
+        for target in self.targets:
+            target.begin_epoch()
+
+    def limits(self, progress: float, epochs: float = 0.0) -> list[float]:
+        """The limits in force, each in its cost's unit, `epochs` after sampling began."""
+        if self.targets:
+            return [target.value * budget.full for target, budget in zip(self.targets, self.budgets, strict=True)]
+        if self.options.target == "stepped":
+            fall, every = self.options.target_fall, self.options.target_every
+            shares = [SteppedTarget(min(1.0, b.limit / b.full), fall=fall, every=every) for b in self.budgets]
+            return [share(epochs) * budget.full for share, budget in zip(shares, self.budgets, strict=True)]
+        return [annealed(start, b.limit, progress) for start, b in zip(self.starts, self.budgets, strict=True)]
+
+    def search_objective(
+        self, losses: Tensor, kept: Tensor, progress: float, epochs: float, sums: Sums, x: Tensor | None = None
+    ) -> Tensor:
+        """The scalar whose gradient moves weights and gates; the prices follow the costs of this batch.
+
+        What carries a gradient, the losses under Gumbel and a cost that is differentiable, enters as it
+        is. All else enters through the score function of the decisions.
+
+        Args:
+            losses: `(B,)` of the examples.
+            kept: `(K, G)` decisions, with a gradient under Gumbel.
+            progress: share of the annealing that is over.
+            epochs: since sampling began.
+            sums: costs and samples are added here.
+            x: `(B, C, H, W)` the examples, for costs that depend on them.
+        """
+        network, pathwise = self.network, kept.requires_grad
+        used = network.pathwise(kept) if pathwise else network.used(kept)
+        costs = [self._cost(budget, used, kept, x) for budget in self.budgets]
+        direct = losses.mean()
+        penalty = torch.zeros_like(costs[0].detach())
+        sampled = not pathwise
+        for place, (budget, price, cost, limit) in enumerate(
+            zip(self.budgets, self.prices, costs, self.limits(progress, epochs), strict=True)
+        ):
+            if cost.requires_grad or (pathwise and self.options.penalty == "per-gate"):
+                direct = direct + price.value * self._penalty(budget, cost, limit, kept)
+            else:
+                sampled = True
+                penalty = penalty + price.value * budget.penalty(cost, limit)
+            mean = float(cost.detach().mean())
+            price.update(mean / limit - 1 if budget.upper else abs(mean / limit - 1))
+            if self.targets:
+                self.targets[place].update(mean / budget.full)
+        hard = kept.detach()
+        opened = hard.sum(dim=0).tolist()
+        sums.opened = [a + b for a, b in zip(sums.opened or [0.0] * len(opened), opened, strict=True)]
+        if sampled:
+            if network.heads:
+                raise ConfigError("a cost without a gradient needs gates that do not look at the input")
+            hard = (hard > 0.5).to(hard)
+            logits, relevant = network.gates.logits, network.relevant(hard)
+            loss = torch.zeros_like(penalty) if pathwise else per_architecture(losses, len(kept))
+            penalty = penalty.to(losses)
+            baseline = self._baseline(float((loss.detach() + penalty).mean()))
+            weighed = score_function_loss(loss, penalty, log_prob(logits, hard, relevant), baseline=baseline)
+            direct = direct + weighed if pathwise else weighed
+            # while the limit still falls, undecided gates are worth something; at the end they are not
+            undecided = (relevant @ entropy(logits)).mean()
+            direct = direct - float(self.options.exploration or 0.0) * (1 - progress) * undecided
+        sums.samples += len(kept)
+        sums.connected += float(network.connects(used.detach()).sum())
+        sums.costs = [a + float(b.detach().sum()) for a, b in zip(sums.costs or [0.0] * len(costs), costs, strict=True)]
+        return direct
+
+    def step_gates(self) -> None:
+        """Moves the gates by their gradient."""
+        self.gate_optimizer.step()
+        if self.options.gate_limit:
+            self.network.gates.clamp(self.options.gate_limit)
+
+    def _cost(self, budget: BoundBudget, used: Tensor, kept: Tensor, x: Tensor | None) -> Tensor:
+        """Costs of the samples, `(K,)`: with a gradient where there is one, else of decisions that are 0 or 1."""
+        if kept.requires_grad:
+            cost = budget.cost(used, x) if budget.exact else None
+            if cost is not None and cost.requires_grad:
+                return cost
+            used = self.network.used((kept.detach() > 0.5).to(kept))
+        return budget.cost(used, x)
+
+    def _penalty(self, budget: BoundBudget, cost: Tensor, limit: float, kept: Tensor) -> Tensor:
+        """What a differentiable cost adds per unit of price, of the batch as a whole."""
+        share = min(1.0, limit / budget.full)
+        if self.options.penalty == "batch-activation":
+            return batch_activation(cost / budget.full, share)
+        if self.options.penalty == "const-quad":
+            return const_quad(cost / budget.full, share)
+        if self.options.penalty == "per-gate":
+            return per_gate(kept, share)
+        excess = cost.mean() / limit - 1
+        return excess if budget.upper else squared(excess)
+
+    def _baseline(self, total: float) -> str | float:
+        """What this batch's samples are compared with; `total` is their mean loss and penalty."""
+        if self.options.baseline != "moving-average":
+            return self.options.baseline
+        before = total if self.average is None else self.average
+        self.average = 0.9 * before + 0.1 * total
+        return before
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that a step changes but the network itself: tensors, and what goes to JSON."""
+        tensors = optimizer_state(self.gate_optimizer, "optimizer.gates")
+        tensors |= {f"costs.{place}": model.fit.sums for place, model in self._fits().items()}
+        if self.chosen is not None:
+            tensors["chosen"] = self.chosen
+        prices = [{"value": price.value, "accumulated": price.accumulated} for price in self.prices]
+        targets = [{"value": target.value, "seen": target.seen} for target in self.targets]
+        return tensors, {"prices": prices, "targets": targets, "starts": self.starts, "average": self.average}
+
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Takes up what `state` gave.
+
+        Raises:
+            FileError: it is of another network, or incomplete.
+        """
+        gates = {name: value for name, value in tensors.items() if name.startswith("optimizer.gates.")}
+        costs = {name: value for name, value in tensors.items() if name.startswith("costs.")}
+        other = sorted(set(tensors) - {*gates, *costs, "chosen"})
+        if other:
+            raise FileError(f"the checkpoint is of another network: it has {other[0]!r}, which no run writes")
+        load_optimizer(self.gate_optimizer, "optimizer.gates", gates)
+        sums = {f"costs.{place}": torch.empty_like(model.fit.sums) for place, model in self._fits().items()}
+        load_tensors(sums, costs)
+        for place, model in self._fits().items():
+            model.fit.take(sums[f"costs.{place}"])
+        record = Record(dict(state), "the checkpoint")
+        self.starts = list(record.numbers("starts"))
+        self.average = None if state.get("average") is None else record.number("average")
+        values = [(price.number("value"), price.number("accumulated")) for price in record.records("prices")]
+        if len(values) != len(self.budgets) or len(self.starts) not in (0, len(self.budgets)):
+            raise FileError(f"the checkpoint must have {len(self.budgets)} prices, got {len(values)}")
+        if any(number < 0 for pair in values for number in pair):
+            raise FileError(f"the checkpoint's prices must be >= 0, got {min(map(min, values)):g}")
+        for price, pair in zip(self.prices, values, strict=True):
+            price.value, price.accumulated = pair
+        followed = [(target.number("value"), target.whole("seen")) for target in record.records("targets")]
+        if len(followed) != len(self.targets) or any(not 0 <= value <= 1 or seen < 0 for value, seen in followed):
+            raise FileError(f"the checkpoint must have {len(self.targets)} targets in [0, 1], got {followed}")
+        for target, (value, seen) in zip(self.targets, followed, strict=True):
+            target.value, target.seen = value, seen
+        self.chosen = None
+        if "chosen" in tensors:
+            chosen = torch.empty(1, self.network.gate_count)
+            load_tensors({"chosen": chosen}, {"chosen": tensors["chosen"]})
+            if not bool(((chosen == 0) | (chosen == 1)).all()):
+                raise FileError("the checkpoint's 'chosen' must be bits, got other numbers")
+            self.chosen = chosen
+
+    def _fits(self) -> dict[int, DrawnModel]:
+        """The costs that are predicted by what was drawn, by the budget's place."""
+        models = {place: budget.model for place, budget in enumerate(self.budgets)}
+        return {place: model for place, model in models.items() if isinstance(model, DrawnModel)}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """What an optimiser knows of each parameter it has moved, named "PREFIX.PLACE.NAME"."""
+    known = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}.{place}.{name}": value
+        for place, entries in known.items()
+        for name, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Takes up what an optimiser knew of each parameter it has moved; `tensors` are named "PREFIX.PLACE.NAME".
+
+    Raises:
+        FileError: what it knew of a parameter is incomplete, or of another shape or type.
+    """
+    adam = isinstance(optimizer, torch.optim.Adam)
+    names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
+    moved = {name.removeprefix(f"{prefix}.").partition(".")[0] for name in tensors}
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    state = {
+        place: {name: torch.empty(() if name == "step" else value.shape) for name in names}
+        for place, value in enumerate(parameters)
+        if str(place) in moved
+    }
+    targets = {f"{prefix}.{place}.{name}": value for place, entry in state.items() for name, value in entry.items()}
+    load_tensors(targets, tensors)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
