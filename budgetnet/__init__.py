@@ -2,6 +2,7 @@
 
 from budgetnet import costs, data, spaces
 from budgetnet.budgets import Budget
+from budgetnet.controller import Controller
 from budgetnet.delivery import Found
 from budgetnet.export import export
 from budgetnet.extraction import extract
@@ -13,6 +14,7 @@ from budgetnet.weights import load_torchvision
 
 __all__ = [
     "Budget",
+    "Controller",
     "Edge",
     "Found",
     "Node",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from budgetnet.budgets import BoundBudget
+from budgetnet.costs.timeline import timeline_of
+from budgetnet.costs.transfer import cut_of
 from budgetnet.errors import FileError
 from budgetnet.runs import RunFolder
 from budgetnet.supernet import SuperNetwork
@@ -21,6 +24,9 @@ def describe(network: SuperNetwork, kept: Tensor, budgets: Sequence[BoundBudget]
     gates = network.probabilities().tolist()
     probability = [None if column is None else gates[column] for column in network.gate_of]
     priced = [(budget.name, weights) for budget in budgets if (weights := _of_edges(budget, network.used(kept)))]
+    connected = budgets if bool(network.connects(network.used(kept))[0]) else ()
+    plans = [(budget.name, timeline_of(budget.model, network, network.used(kept))) for budget in connected]
+    cuts = [(budget.name, cut_of(budget.model, network.used(kept))) for budget in connected]
     return {
         "space": {"name": network.name, "options": network.options},
         "nodes": [
@@ -51,6 +57,8 @@ def describe(network: SuperNetwork, kept: Tensor, budgets: Sequence[BoundBudget]
             }
             for site in network.sites
         ],
+        "schedules": [{"cost": name, **asdict(plan)} for name, plan in plans if plan is not None],
+        "cuts": [{"cost": name, **asdict(cut)} for name, cut in cuts if cut is not None],
     }
 
 

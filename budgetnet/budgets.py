@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from budgetnet.costs import Activation, Latency, Layers, MACs, Memory, Params, Schedule, Steps
-from budgetnet.costs.drawn import DrawnModel
-from budgetnet.costs.function import function_in
+from budgetnet.costs import Activation, Latency, Layers, MACs, Memory, Params, Schedule, Steps, Transfer
+from budgetnet.costs.drawn import DrawnModel, Examples
+from budgetnet.costs.function import Function, function_in
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.objectives import hinge, squared
 from budgetnet.supernet import SuperNetwork
@@ -23,6 +23,7 @@ COSTS: dict[str, Callable[..., Any]] = {
     "memory": Memory,
     "steps": Steps,
     "schedule": Schedule,
+    "transfer": Transfer,
     "activation": Activation,
     "layers": Layers,
     "latency": Latency,
@@ -103,6 +104,15 @@ class Budget:
             raise ConfigError(f"a budget reads COST<=LIMIT or COST~=LIMIT, such as macs<=25%, got {text!r}")
         cost = parse_cost(match["cost"])
         return cls(cost, **{"at_most" if match["sign"] == "<=" else "target": match["limit"]})
+
+    @property
+    def drawn(self) -> bool:
+        """Whether training draws the cost's values, a call for each sampled architecture."""
+        return isinstance(self.cost, Function) and self.cost.drawn
+
+    def on(self, examples: Examples) -> Budget:
+        """The same, its cost measured on these batches of examples where it reads any."""
+        return replace(self, cost=self.cost.on(examples)) if isinstance(self.cost, Function) else self
 
     @property
     def _given(self) -> float | str:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -33,7 +34,7 @@ class Bars:
             table = Table("cost", "smallest", "expected", "full", "limit", title="before training")
             for row in limits:
                 least, *numbers = [quantity(row[key], row["unit"]) for key in ("smallest", "expected", "full", "limit")]
-                table.add_row(row["cost"], least if row["bound"] else f"{least} seen", *numbers)
+                table.add_row(escape(row["cost"]), least if row["bound"] else f"{least} seen", *numbers)
             self.console.print(table)
         self.epochs = options.epochs
         self.progress = Progress(
@@ -68,7 +69,7 @@ class Bars:
             parts.append(f"{budget['cost']} {100 * cost / budget['limit']:.0f} % of the limit")
         if line["entropy"] is not None:
             parts.append(f"entropy {line['entropy']:.2f}")
-        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Takes the bar away."""

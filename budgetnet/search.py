@@ -16,7 +16,8 @@ from torch import Tensor
 
 from budgetnet.architectures import named
 from budgetnet.budgets import Budget, check_reachable
-from budgetnet.costs import Function, Latency
+from budgetnet.costs import Latency
+from budgetnet.costs.drawn import DrawnModel
 from budgetnet.costs.measured import LearningModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.delivery import Found, deliver
@@ -61,20 +62,24 @@ def search(
         DivergenceError: the loss became infinite; the last checkpoint is kept.
     """
     asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
-    drawn = any(isinstance(budget.cost, Function) and budget.cost.drawn for budget in asked)
+    drawn = any(budget.drawn for budget in asked)
     options = (options or SearchOptions()).resolved(conditional=bool(space.heads), gated=bool(space.sites), drawn=drawn)
     check_fit(space, data)
     if not budgets and architecture is None:
         raise ConfigError("a search needs at least one budget, such as macs<=25%, got none")
     run = RunFolder(out if out is not None else next_folder(Path("runs"), f"{data.name}-{space.name}"))
     run.check(resume=resume)
-    asked = [on_examples(in_folder(budget, run.path), data, options) for budget in asked]
+    looked_at = Batches(data.validation, batch_size=options.batch_size, seed=options.seed, drop_last=False)
+    asked = [in_folder(budget, run.path).on(lambda: (x for x, _ in looked_at.epoch(0))) for budget in asked]
     network = copy.deepcopy(space)
     with torch.no_grad():
         network.gates.reset(float(options.gate_start or 0.0))
     if progress and any(isinstance(budget.cost, Latency) for budget in asked):
         progress.say(f"timing the modules of {space.name} on this machine")
     bound = [budget.bind(network) for budget in asked]
+    for budget in bound:
+        if progress and isinstance(budget.model, DrawnModel):
+            progress.say(f"{budget.name}: {budget.model.notes['fit']}")
     limits = check_reachable(network, bound)
     fixed = named(space, architecture) if isinstance(architecture, str) else architecture
     if fixed is not None:
@@ -103,14 +108,6 @@ def in_folder(budget: Budget, folder: Path) -> Budget:
     """The budget with the file that its cost keeps, where it keeps one, in a run's folder."""
     cost = budget.cost
     return replace(budget, cost=cost.kept_in(folder)) if isinstance(cost, Latency) else budget
-
-
-def on_examples(budget: Budget, data: Dataset, options: SearchOptions) -> Budget:
-    """The budget whose cost, where it reads examples, is measured on validation images in a random order."""
-    if not isinstance(budget.cost, Function):
-        return budget
-    batches = Batches(data.validation, batch_size=options.batch_size, seed=options.seed, drop_last=False)
-    return replace(budget, cost=budget.cost.on(lambda: (x for x, _ in batches.epoch(0))))
 
 
 def check_fit(space: SuperNetwork, data: Dataset) -> None:

@@ -13,10 +13,11 @@ from budgetnet.budgets import BoundBudget
 from budgetnet.errors import DivergenceError
 from budgetnet.gated import memory_format
 from budgetnet.objectives import distillation, example_losses
+from budgetnet.optimizers import load_optimizer, optimizer_state
 from budgetnet.options import SearchOptions
 from budgetnet.runs import load_tensors
 from budgetnet.sites import AlwaysOn, Policy
-from budgetnet.steering import Steering, Sums, load_optimizer, optimizer_state
+from budgetnet.steering import Steering, Sums
 from budgetnet.supernet import SuperNetwork
 
 

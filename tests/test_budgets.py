@@ -83,7 +83,7 @@ def test_limits_that_are_no_number_above_zero(given):
         ("macs", "a budget reads COST<=LIMIT or COST~=LIMIT, such as macs<=25%, got 'macs'"),
         ("macs<25%", "a budget reads"),
         ("<=5", "a budget reads"),
-        ("watts<=5", "costs are macs, params, steps, activation, layers .*, got 'watts'"),
+        ("watts<=5", "costs are macs, params, memory, steps, schedule, transfer, activation, layers.*, got 'watts'"),
         ("layers:2<=5", "layers takes no option, got 'layers:2'"),
         ("steps[cores=2]<=5", "steps has the options workers, got 'cores'"),
         ("steps[workers=two]<=5", "workers must be a whole number, got 'two'"),

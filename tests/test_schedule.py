@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from html import escape
 from itertools import pairwise, permutations, product
 from math import inf
 from random import Random
@@ -11,14 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import connected, every, graphs, random_graph
-from torch import nn
+from torch import Tensor, nn
 
 from budgetnet import Budget, Edge, Node, SuperNetwork
-from budgetnet.budgets import check_reachable, cost_name, parse_cost
+from budgetnet.architectures import describe
+from budgetnet.budgets import BoundBudget, check_reachable, cost_name, parse_cost
 from budgetnet.costs import MACs, Params, Schedule, Steps
 from budgetnet.costs.timeline import Timeline, timeline, timeline_of
-from budgetnet.errors import ConfigError, UnreachableBudget
+from budgetnet.errors import ConfigError, FileError, UnreachableBudget
 from budgetnet.graph import Graph
+from budgetnet.report.architecture import Architecture
+from budgetnet.report.plans import read_plans
+from budgetnet.report.records import Record
+from budgetnet.report.schedule import gantt
 from budgetnet.spaces import conv_fabric, resnet, resnet_fabric
 
 FABRICS = {
@@ -268,6 +275,9 @@ def two_ways(first: int, second: int) -> SuperNetwork:
     return SuperNetwork(edges, input_shape=(10**6,), nodes=[Node(name="y", steps=1)])
 
 
+FIRST = [("x", 0, 1)]
+
+
 @pytest.mark.parametrize(
     ("cost", "makespan", "tasks", "sent"),
     [
@@ -276,7 +286,7 @@ def two_ways(first: int, second: int) -> SuperNetwork:
         # sending takes longer than working
         (Schedule(2, "unit", "", 0.5), 13, [("a", 0, 0, 6), ("b", 0, 6, 12), ("y", 0, 12, 13)], []),
         # the second is so fast that it does all
-        (Schedule(2, "unit", "1:8", 4.0), 2.625, [("a", 1, 1, 1.75), ("b", 1, 1.75, 2.5), ("y", 1, 2.5, 2.625)], [("x", 0, 1)]),
+        (Schedule(2, "unit", "1:8", 4.0), 2.625, [("a", 1, 1, 1.75), ("b", 1, 1.75, 2.5), ("y", 1, 2.5, 2.625)], FIRST),
         # a free link
         (Schedule(2, "unit", "1:2"), 6.5, [("b", 0, 0, 6), ("a", 1, 0, 3), ("y", 1, 6, 6.5)], []),
     ],
@@ -395,6 +405,75 @@ def test_a_limit_is_refused_only_where_the_smallest_is_known():
     unsure = Budget(Schedule(2, speeds="1:9", link=0.01), at_most="90%").bind(network)
     assert not unsure.model.monotone
     assert check_reachable(network, [unsure])[0]["unit"] == "ms"
+
+
+# --- the pictures ------------------------------------------------------------------------------------------------
+
+
+def drawn(texts: list[str]) -> tuple[SuperNetwork, Record, list[BoundBudget], Tensor]:
+    """What architecture.json holds of an architecture under some budgets."""
+    network = FABRICS["conv"]
+    budgets = [Budget.parse(text).bind(network) for text in texts]
+    kept = connected(network, 1, seed=5, probability=0.8)
+    content = json.loads(json.dumps(describe(network, kept, budgets)))
+    return network, Record(content, "architecture.json"), budgets, network.used(kept)
+
+
+def test_the_picture_shows_every_task_and_all_that_is_sent():
+    """From the file alone: bars that start and end with the tasks, on a row for each worker, and lines between rows."""
+    texts = ["schedule[workers=3,speeds=1:2:4,link=20]<=9ms", "macs<=50%", "steps:2<=99"]
+    _, record, budgets, used = drawn(texts)
+    plans = read_plans(record)
+    assert [(plan.cost, plan.unit, plan.workers) for plan in plans] == [
+        (budgets[0].name, "ms", 3),
+        ("steps:2", "step", 2),
+    ]
+    for plan, budget in zip(plans, (budgets[0], budgets[2]), strict=True):
+        assert max(task.end for task in plan.tasks) == float(budget.model(used))
+        figure = json.loads(gantt(plan, Architecture.read(record)).to_json())
+        bars = [trace for trace in figure["data"] if trace["type"] == "bar"]
+        shown = {
+            (row, start, start + length, name)
+            for trace in bars
+            for row, start, length, (name, _) in zip(
+                trace["y"], trace["base"], trace["x"], trace["customdata"], strict=True
+            )
+        }
+        assert shown == {
+            (f"worker {task.worker + 1}", task.start, task.start + (task.end - task.start), escape(task.name))
+            for task in plan.tasks
+        }
+        lines = [trace for trace in figure["data"] if trace["type"] == "scatter"]
+        assert len(lines) == bool(plan.sent) == (plan.workers == 3)
+        for line in lines:
+            ways = list(zip(line["x"], line["y"], strict=True))
+            assert ways[2::3] == [(None, None)] * len(plan.sent)
+            assert ways[0::3] == [(each.start, f"worker {each.worker + 1}") for each in plan.sent]
+            assert ways[1::3] == [(each.end, f"worker {each.target + 1}") for each in plan.sent]
+        assert figure["layout"]["yaxis"]["tickvals"] == [f"worker {place + 1}" for place in range(plan.workers)]
+
+
+def test_what_connects_nothing_and_older_files_have_no_schedule():
+    network = FABRICS["conv"]
+    budgets = [Budget(Schedule(), at_most=1).bind(network)]
+    content = describe(network, torch.zeros(1, network.gate_count), budgets)
+    assert (content["schedules"], content["cuts"]) == ([], [])
+    assert read_plans(Record({}, "architecture.json")) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"worker": 3}, 'architecture.json: "schedules.0..tasks.0..worker" must be one of 3 workers, got 3'),
+        ({"start": "soon"}, "architecture.json: \"schedules.0..tasks.0..start\" must be a finite number, got 'soon'"),
+        ({"name": None}, 'architecture.json: "schedules.0..tasks.0..name" must be a text, got None'),
+    ],
+)
+def test_schedules_of_a_file_that_are_none(change: dict, message: str):
+    _, record, _, _ = drawn(["schedule:3<=9ms"])
+    record.values["schedules"][0]["tasks"][0] |= change
+    with pytest.raises(FileError, match=message):
+        read_plans(record)
 
 
 # --- how it is asked for -----------------------------------------------------------------------------------------

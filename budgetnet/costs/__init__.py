@@ -7,5 +7,6 @@ from budgetnet.costs.latency import Latency
 from budgetnet.costs.memory import Memory
 from budgetnet.costs.schedule import Schedule
 from budgetnet.costs.steps import Steps
+from budgetnet.costs.transfer import Transfer
 
-__all__ = ["Activation", "Function", "Latency", "Layers", "MACs", "Memory", "Params", "Schedule", "Steps"]
+__all__ = ["Activation", "Function", "Latency", "Layers", "MACs", "Memory", "Params", "Schedule", "Steps", "Transfer"]

@@ -142,8 +142,7 @@ class DrawnModel:
     @property
     def notes(self) -> dict[str, str]:
         """How good the predictions are."""
-        text = f"it was predicted by a linear fit to {self.fit.count} values, R^2 {self.fit.r_squared:.3f}"
-        return {"fit": text}
+        return {"fit": f"predicted by a linear fit to {self.fit.count} values, R^2 {self.fit.r_squared:.3f}"}
 
     def save(self) -> None:
         """Does nothing: what was seen is in the checkpoint."""

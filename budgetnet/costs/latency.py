@@ -133,8 +133,8 @@ class LatencyModel:
 
     @property
     def full(self) -> float:
-        """Milliseconds of the full network, as it was measured before the search."""
-        return self.known[0][1] * self.speed
+        """Milliseconds of the full network as it was measured for the table: what percents are of, then and later."""
+        return self.known[0][1]
 
     @property
     def along_path(self) -> list[float]:

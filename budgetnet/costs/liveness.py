@@ -72,9 +72,8 @@ class Liveness:
             partial, begun = none, torch.zeros(count, dtype=torch.bool)  # bytes of the sum so far, if it has begun
             for edge in self.graph.incoming[node]:
                 here, part = columns[edge], prints[edge]
-                added = here * (part.held + self.size[node])
-                alive += [partial, partial, partial]
-                beside += [here * part.first, here * part.rest, torch.where(begun, added, none)]
+                alive += [partial, partial, partial + here * part.held]
+                beside += [here * part.first, here * part.rest, torch.where(begun, here * self.size[node], none)]
                 value = torch.where(begun, here * self.size[node], here * part.held)
                 partial, begun = torch.where(on[edge], value, partial), begun | on[edge]
             own, entered = self.nodes[node], begun.to(none)

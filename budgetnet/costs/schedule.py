@@ -109,7 +109,7 @@ class ScheduleCost:
 
     def __init__(self, network: SuperNetwork, cost: Schedule) -> None:
         self.network, self.graph, self.cost, self.unit = network, network.graph, cost, cost.unit
-        self.macs: EdgeCost = MACs(gates=False).bind(network)
+        self.macs: EdgeCost | None = MACs(gates=False).bind(network) if cost.durations == "macs" else None
         self.speeds = torch.tensor(cost.speed, dtype=torch.float64)
         graph, count = self.graph, len(self.graph.nodes)
         successors = [[count + edge for edge in leaving] for leaving in graph.outgoing]
@@ -131,7 +131,7 @@ class ScheduleCost:
     @property
     def along_path(self) -> list[float]:
         """Least time that each edge and the node it enters take on a path of their own."""
-        if self.cost.durations == "macs":
+        if self.macs is not None:
             work = self.macs.along_path
         else:
             steps = zip(self.network.edge_steps, self.graph.edges, strict=True)
@@ -184,18 +184,20 @@ class ScheduleCost:
 
     def _work(self, task: int, used: Tensor, on: Tensor) -> Tensor:
         """Multiply-adds or steps of a task, `(B,)`."""
-        nodes, unit = len(self.graph.nodes), self.cost.durations == "unit"
+        nodes, macs = len(self.graph.nodes), self.macs
         if task >= nodes:
             edge = task - nodes
-            inside = self.macs.channels.get(edge)
-            whole = self.network.edge_steps[edge] if unit else self.macs.per_edge[edge]
-            return on[edge].to(torch.float64) * (whole if unit or inside is None else inside(used))
+            if macs is None:
+                return on[edge].to(torch.float64) * self.network.edge_steps[edge]
+            inside = macs.channels.get(edge)
+            return on[edge].to(torch.float64) * (macs.per_edge[edge] if inside is None else inside(used))
         inputs = on[list(self.graph.incoming[task] or self.graph.outgoing[task])].to(torch.float64).sum(dim=0)
-        if unit:
-            return (inputs > 0).to(torch.float64) * self.network.node_steps[task]
+        entered = (inputs > 0).to(torch.float64)
+        if macs is None:
+            return entered * self.network.node_steps[task]
         if task == self.graph.source:
             return torch.zeros_like(inputs)
-        return (inputs - 1).clamp(min=0) * self.macs.per_addition[task] + (inputs > 0) * self.macs.per_node[task]
+        return (inputs - 1).clamp(min=0) * macs.per_addition[task] + entered * macs.per_node[task]
 
     def _by_rank(self) -> tuple[int, ...]:
         """The tasks by the longest way from them to the output in the full network; equal ones in their order."""

@@ -58,8 +58,8 @@ class Timeline:
 
     unit: str
     workers: int
-    tasks: tuple[Task, ...]
-    sent: tuple[Sending, ...]
+    tasks: list[Task]
+    sent: list[Sending]
 
 
 def timeline_of(model: object, network: SuperNetwork, used: Tensor) -> Timeline | None:
@@ -103,6 +103,6 @@ def timeline(model: ScheduleCost, used: Tensor) -> Timeline:
     return Timeline(
         model.unit,
         model.cost.workers,
-        tuple(sorted(tasks.values(), key=lambda each: (each.start, each.worker))),
-        tuple(sorted(sent.values(), key=lambda each: (each.start, each.source, each.target))),
+        sorted(tasks.values(), key=lambda each: (each.start, each.worker)),
+        sorted(sent.values(), key=lambda each: (each.start, each.source, each.target)),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import hypot
 
@@ -36,6 +36,7 @@ class Line:
     width: float
     band: float  # width of the pale band around it that stands for all its channels, 0 for none
     title: str
+    cloud: bool  # whether it runs behind the cut between device and cloud
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Dot:
     y: float
     used: bool
     title: str
+    sent: bool  # whether its value goes from the device to the cloud
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +86,17 @@ class Drawing:
     weighed_by: str | None  # the cost that the widths show
     gated: bool  # whether lines with gates on their channels show how many are left
     widest: str | None  # its largest share; None where widths show the channels left instead
+    cut: bool  # whether there is a cut
 
 
-def draw(architecture: Architecture) -> Drawing:
-    """Lays the network out on its grid: columns to the right, rows downwards, parallel edges side by side."""
+def draw(architecture: Architecture, device: Collection[str] | None = None, sent: Collection[str] = ()) -> Drawing:
+    """Lays the network out on its grid: columns to the right, rows downwards, parallel edges side by side.
+
+    Args:
+        architecture: the network.
+        device: edges that run on a device, all others in the cloud; None where there is no cut.
+        sent: nodes whose values are sent.
+    """
     nodes, edges = architecture.nodes, architecture.edges
     places = grid(architecture)
     columns, rows = np.ptp(places, axis=0) if len(places) else (0.0, 0.0)
@@ -123,6 +132,7 @@ def draw(architecture: Architecture) -> Drawing:
                 width=width,
                 band=whole if sites else 0.0,
                 title=edge_title(edge, nodes, sites),
+                cloud=edge.used and device is not None and edge.name not in device,
             )
         )
     alive = {end for edge in edges if edge.used for end in (edge.source, edge.target)}
@@ -134,7 +144,13 @@ def draw(architecture: Architecture) -> Drawing:
         arrow=arrow,
         lines=tuple(sorted(lines, key=lambda line: (line.used, -line.width))),
         dots=tuple(
-            Dot(x=float(x), y=float(y), used=place in alive, title=f"{node.name}\n{shape(node.shape)}")
+            Dot(
+                x=float(x),
+                y=float(y),
+                used=place in alive,
+                title=f"{node.name}\n{shape(node.shape)}",
+                sent=node.name in sent,
+            )
             for place, (node, (x, y)) in enumerate(zip(nodes, points, strict=True))
         ),
         labels=labels(architecture, points),
@@ -147,6 +163,7 @@ def draw(architecture: Architecture) -> Drawing:
         weighed_by=weighed_by,
         gated=gated,
         widest=percent(largest) if largest and not gated else None,
+        cut=device is not None,
     )
 
 

@@ -19,6 +19,7 @@ from budgetnet.report.architecture import Architecture, Edge
 from budgetnet.report.network import draw, shares
 from budgetnet.report.quantities import MISSING, duration, exact, percent, plural, share, si
 from budgetnet.report.run import Quality, Run
+from budgetnet.report.schedule import gantt
 from budgetnet.report.words import headline, outcomes, quality, verdict
 from budgetnet.runs import replace
 
@@ -81,7 +82,9 @@ def section(run: Run) -> dict[str, Any]:
         "headline": headline(run),
         "verdict": verdict(run),
         "budgets": rows,
-        "drawing": draw(architecture) if architecture and architecture.nodes else None,
+        "drawing": draw(architecture, *_cut(run)) if architecture and architecture.nodes else None,
+        "cuts": run.cuts,
+        "plans": [(plan, gantt(plan, architecture)) for plan in run.plans if plan.tasks] if architecture else [],
         "choices": [sum(edge.used for edge in choices), len(choices)] if (choices := _choices(architecture)) else None,
         "channels": gate_figures.channel_table(architecture) if architecture else None,
         "dynamics": figures.dynamics(run.epochs) if run.epochs else None,
@@ -215,6 +218,11 @@ def _part(name: str) -> str:
 
 def _choices(architecture: Architecture | None) -> list[Edge]:
     return [edge for edge in architecture.edges if not edge.fixed] if architecture else []
+
+
+def _cut(run: Run) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """The edges on the device and the nodes whose values are sent, of the first budget that is about a transfer."""
+    return (run.cuts[0].device, run.cuts[0].sent) if run.cuts else (None, ())
 
 
 def _best(measured: Quality | None) -> str:

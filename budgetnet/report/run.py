@@ -9,6 +9,7 @@ from typing import Any
 from budgetnet.errors import FileError
 from budgetnet.report.architecture import Architecture
 from budgetnet.report.inference import Inference
+from budgetnet.report.plans import Cut, Plan, read_cuts, read_plans
 from budgetnet.report.records import Record, read_json, read_lines
 
 
@@ -178,6 +179,8 @@ class Run:
         options: what was asked, where and with which versions.
         epochs: one value an epoch; empty before the first is over.
         architecture: None before it is written.
+        plans: the architecture's schedules, one for each budget that is about steps or a schedule.
+        cuts: where it is cut between device and cloud, for each budget that is about a transfer.
         result: None while the run goes on.
     """
 
@@ -185,6 +188,8 @@ class Run:
     options: Record
     epochs: tuple[Epoch, ...]
     architecture: Architecture | None
+    plans: tuple[Plan, ...]
+    cuts: tuple[Cut, ...]
     result: Result | None
 
     @classmethod
@@ -207,7 +212,8 @@ class Run:
         metrics, shape, end = (folder / name for name in ("metrics.jsonl", "architecture.json", "result.json"))
         lines = map(Epoch.read, read_lines(metrics) if metrics.exists() else [])
         epochs = {(line.phase, line.epoch): line for line in lines}  # a resumed run writes an epoch again
-        architecture = Architecture.read(read_json(shape)) if shape.exists() else None
+        drawn = read_json(shape) if shape.exists() else None
+        architecture = None if drawn is None else Architecture.read(drawn)
         if architecture is not None:
             _check_activation(metrics, tuple(epochs.values()), architecture)
         return cls(
@@ -215,6 +221,8 @@ class Run:
             options=options,
             epochs=tuple(epochs.values()),
             architecture=architecture,
+            plans=() if drawn is None else read_plans(drawn),
+            cuts=() if drawn is None else read_cuts(drawn),
             result=Result.read(read_json(end), options.texts("budgets")) if end.exists() else None,
         )
 

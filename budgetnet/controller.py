@@ -1,0 +1,240 @@
+"""The method for those who keep their own training loop: who decides the gates, what to minimise, what to hand over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from budgetnet.budgets import Budget, check_reachable
+from budgetnet.costs.drawn import DrawnModel, Examples
+from budgetnet.errors import ConfigError, FileError
+from budgetnet.evaluation import recalibrate
+from budgetnet.extraction import extract
+from budgetnet.options import SearchOptions
+from budgetnet.report.records import Record
+from budgetnet.selection import measured_to_fit
+from budgetnet.session import seeded
+from budgetnet.sites import Policy
+from budgetnet.steering import Steering, Sums
+from budgetnet.supernet import SuperNetwork
+
+
+class Controller:
+    """Learns the gates of a network whose weights are learned in a loop of one's own.
+
+    A step of that loop, with an optimiser of `weights()`:
+
+        output, kept = network(x, controller.policy(len(x)))
+        loss = controller.loss(losses_of_the_examples, kept)
+        loss.backward()
+        optimizer.step()
+        controller.step()
+
+    Once `phase` is "choose", `choose` comes before the next step; the steps behind it train what was chosen.
+
+    Args:
+        network: its gates are learned in place, wherever it is moved.
+        budgets: at least one; texts are read by `Budget.parse`.
+        options: of the gates, prices and phases; None for the defaults. What they count in epochs is counted in
+            steps here; those of data, of the weights' optimiser, of devices and of distillation are the loop's own.
+        total_steps: of the loop.
+        examples: batches `(b, C, H, W)` to measure costs on that read examples.
+
+    Attributes:
+        limits: what `check_reachable` says of each budget.
+        costs: of each budget the mean cost of the architectures that were sampled last, by its name.
+        steps: that are over.
+
+    Raises:
+        ConfigError: an option cannot be kept by a loop of one's own, or gates look at the input.
+        UnreachableBudget: no architecture keeps the budgets.
+    """
+
+    def __init__(
+        self,
+        network: SuperNetwork,
+        budgets: Sequence[Budget | str],
+        options: SearchOptions | None = None,
+        *,
+        total_steps: int,
+        examples: Examples | None = None,
+    ) -> None:
+        if network.heads:
+            raise ConfigError(f"a controller learns gates that do not look at the input, and {network.name} has others")
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ConfigError(f"total_steps must be a whole number >= 1, got {total_steps!r}")
+        if not budgets:
+            raise ConfigError("a controller needs at least one budget, such as macs<=25%, got none")
+        options = options or SearchOptions()
+        if options.distillation:
+            raise ConfigError(f"distillation is up to your own loop, got {options.distillation}")
+        asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
+        options = replace(options, epochs=total_steps).resolved(
+            gated=bool(network.sites), drawn=any(budget.drawn for budget in asked)
+        )
+        assert options.gate_start is not None
+        network.gates.reset(options.gate_start)
+        bound = [(budget if examples is None else budget.on(examples)).bind(network) for budget in asked]
+        self.limits = check_reachable(network, bound)
+        self.steering = Steering(network, bound, options)
+        self.steps = self._asked = 0
+        self.costs: dict[str, float] = {}
+        self._examples: int | None = None  # of the batch whose loss is to come
+        self._lost = False  # whether a loss was given since the last step
+
+    @property
+    def phase(self) -> str:
+        """What the next step is for: "warmup", "search" or "finetune"; "choose" where an architecture is due before."""
+        phase = self.steering.options.phase(self.steps)
+        return "choose" if phase == "finetune" and self.steering.chosen is None else phase
+
+    @property
+    def chosen(self) -> Tensor | None:
+        """The decisions of the architecture that was chosen, `(1, G)`."""
+        return self.steering.chosen
+
+    def weights(self) -> list[nn.Parameter]:
+        """What the loop's own optimiser learns: all parameters but the gates'."""
+        return [value for name, value in self.steering.network.named_parameters() if not name.startswith("gates.")]
+
+    def policy(self, examples: int) -> Policy:
+        """Who decides the gates for a batch of so many examples.
+
+        Raises:
+            ConfigError: an architecture has to be chosen first.
+        """
+        phase, steering = self.phase, self.steering
+        if phase == "choose":
+            raise ConfigError(f"the search is over at step {self.steps}: choose comes before the next policy")
+        if phase == "search" and not steering.starts:
+            steering.begin_search()
+        generator = seeded(steering.network.gates.values.device, steering.options.seed, self._asked)
+        self._asked, self._examples = self._asked + 1, examples
+        return steering.policy(phase, examples, generator)
+
+    def loss(self, losses: Tensor, kept: Tensor, x: Tensor | None = None) -> Tensor:
+        """The scalar whose gradient moves weights and gates; the prices follow what the architectures cost.
+
+        Args:
+            losses: `(B,)` of the examples, in their order, with a gradient.
+            kept: `(K, G)` as the network gave them.
+            x: `(B, C, H, W)` the examples, for costs that read them.
+
+        Raises:
+            ConfigError: no policy was asked for, or a shape is another.
+        """
+        if self._examples is None:
+            raise ConfigError("loss comes after policy: output, kept = network(x, controller.policy(len(x)))")
+        if losses.shape != (self._examples,):
+            raise ConfigError(
+                f"losses must be one for each of the {self._examples} examples that policy was asked for, "
+                f"({self._examples},), got {tuple(losses.shape)}"
+            )
+        steering, gates = self.steering, self.steering.network.gate_count
+        if kept.ndim != 2 or kept.shape[1] != gates:
+            raise ConfigError(f"kept must be what the network gave, (K, {gates}), got {tuple(kept.shape)}")
+        self._examples, self._lost = None, True
+        if self.phase != "search":
+            return losses.mean()
+        for budget in steering.budgets:
+            if x is None and isinstance(budget.model, DrawnModel) and budget.model.examples is not None:
+                raise ConfigError(f"{budget.name} reads examples: loss(losses, kept, x)")
+        sums, options = Sums(), steering.options
+        begun = self.steps - options.warmup_epochs
+        objective = steering.search_objective(losses, kept, options.search_progress(self.steps), begun, sums, x)
+        self.costs = {
+            budget.name: total / sums.samples for budget, total in zip(steering.budgets, sums.costs, strict=True)
+        }
+        return objective
+
+    def step(self) -> None:
+        """Moves the gates and counts the step; comes after the weights' own.
+
+        Raises:
+            ConfigError: there was no loss, or no backward pass from it.
+        """
+        if not self._lost:
+            raise ConfigError("step comes after loss, got no loss since the last step")
+        if self.phase == "search":
+            if self.steering.network.gates.values.grad is None:
+                raise ConfigError("step comes after loss.backward(), got gates without a gradient")
+            self.steering.step_gates()
+        self.steering.gate_optimizer.zero_grad(set_to_none=True)
+        self.steps, self._lost = self.steps + 1, False
+
+    def choose(self, judge: Callable[[nn.Module], float], batches: Sequence[tuple[Tensor, Any]] = ()) -> Tensor:
+        """Projects onto the budgets: of the probable architectures that keep them all, the one that is judged best.
+
+        Args:
+            judge: how good a plain network in evaluation mode is on validation data; more is better.
+            batches: of training data, `(x, y)`, on the network's device: they set the batch norms of each
+                candidate before it is judged, and of the network for the one that is chosen. None: nothing does.
+
+        Returns:
+            Its decisions, `(1, G)`.
+
+        Raises:
+            ConfigError: the search is not over, there is a choice already, or a judgement is no number.
+            UnreachableBudget: no architecture was found that keeps all budgets together.
+        """
+        steering, options = self.steering, self.steering.options
+        network, training = steering.network, steering.network.training
+        if self.phase != "choose":
+            over = options.epochs - options.finetune_epochs
+            what = "an architecture is chosen once" if steering.chosen is not None else "choose comes after the search"
+            raise ConfigError(f"{what}, at step {over}, got step {self.steps}")
+        generator = torch.Generator().manual_seed(options.seed)
+        pool, _ = measured_to_fit(network, steering.budgets, count=options.candidates, generator=generator)
+        scores = [self._judged(judge, extract(network, row[None]), batches) for row in pool]
+        best = scores.index(max(scores))
+        steering.chosen = pool[best : best + 1]
+        used = network.used(steering.chosen)
+        if batches:
+            recalibrate(network, lambda x: network.run(x, used), batches)
+        network.train(training)
+        return steering.chosen
+
+    def network(self) -> fx.GraphModule:
+        """The plain network of the architecture that was chosen, as its weights are now, in evaluation mode.
+
+        Raises:
+            ConfigError: none was chosen yet.
+        """
+        if self.steering.chosen is None:
+            raise ConfigError(f"network comes after choose, got step {self.steps} of the {self.phase}")
+        return extract(self.steering.network, self.steering.chosen).eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `step` changes but the network's own state: to be saved beside it, between two steps."""
+        tensors, state = self.steering.state()
+        tensors = {name: value.detach().clone() for name, value in tensors.items()}
+        return {"steps": self.steps, "asked": self._asked, **state, "tensors": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict` of the same network, budgets and options.
+
+        Raises:
+            FileError: it is of something else, or incomplete.
+        """
+        record = Record(dict(state), "the controller's state")
+        steps, asked, tensors = record.whole("steps"), record.whole("asked"), record.record("tensors").values
+        if steps < 0 or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise FileError(f"{record.file} must hold tensors and steps >= 0, got step {steps}")
+        self.steering.load_state({name: value.cpu() for name, value in tensors.items()}, state)
+        self.steps, self._asked, self._examples, self._lost = steps, asked, None, False
+
+    @torch.no_grad()
+    def _judged(
+        self, judge: Callable[[nn.Module], float], plain: nn.Module, batches: Sequence[tuple[Tensor, Any]]
+    ) -> float:
+        if batches:
+            recalibrate(plain, plain, batches)
+        score = float(judge(plain.eval()))
+        if not isfinite(score):
+            raise ConfigError(f"judge must return a finite number, more for a better network, got {score}")
+        return score

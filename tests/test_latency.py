@@ -1,0 +1,382 @@
+"""Latency as a cost: what is timed is the exported network, the table predicts it, and limits hold as measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+import budgetnet as bn
+from budgetnet.assembly import Assembler
+from budgetnet.budgets import _limit, cost_name, parse_cost
+from budgetnet.costs import Latency, MACs
+from budgetnet.costs.channel_time import channel_time, counts_key, openings
+from budgetnet.costs.latency import LatencyModel, widely
+from budgetnet.costs.measured import Measured
+from budgetnet.costs.timetable import Setting, Timetable, fitted
+from budgetnet.errors import ConfigError, FileError
+from budgetnet.export import export, onnx_session
+from budgetnet.extraction import extract, fold_batch_norm
+from budgetnet.selection import measured_to_fit
+from budgetnet.timing import Timing
+
+SPACES: dict[str, Callable[[], bn.SuperNetwork]] = {
+    "fabric": lambda: bn.spaces.resnet_fabric(width=2, channels=4, image_size=8),
+    "conv_fabric": lambda: bn.spaces.conv_fabric(width=2, channels=4, image_size=8),
+    "channels": lambda: bn.spaces.resnet(depth=8, channels=8, image_size=8),
+    "ends": lambda: bn.spaces.resnet(depth=8, channels=8, image_size=8, gates="both", granularity=4, where="ends"),
+    "mobilenet": lambda: bn.spaces.mobilenet_v2(),
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", list(SPACES))
+def test_what_is_timed_computes_what_the_extracted_network_computes(name: str):
+    torch.manual_seed(0)
+    space = SPACES[name]().eval()
+    assembler = Assembler(space, runtime="onnxruntime", threads=1, batch=2, device="cpu")
+    x = torch.randn(2, *space.input_shape)
+    for kept in widely(space, 5, generator()):
+        session = onnx_session(assembler.onnx_model(kept[None]).SerializeToString(), 1)
+        expected = extract(space, kept[None])(x)
+        assert torch.allclose(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fabric", "ends"])
+def test_what_is_timed_is_the_graph_of_the_exported_file(name: str, tmp_path: Path):
+    """Of a network that was trained in channels last, too."""
+    torch.manual_seed(0)
+    space = SPACES[name]().eval()
+    for module in space.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.bias)  # a bias of zeros is left out of a file
+    kept = widely(space, 3, generator())[2:]
+    assembler = Assembler(space, runtime="onnxruntime", threads=1, batch=1, device="cpu")
+    plain = fold_batch_norm(extract(space, kept)).to(memory_format=torch.channels_last)
+    file = onnx.load(str(export(plain, tmp_path / "network.onnx", torch.zeros(1, *space.input_shape))))
+    count = [Counter(node.op_type for node in model.graph.node) for model in (assembler.onnx_model(kept), file)]
+    assert count[0] == count[1]
+    assert count[1]["Conv"] > 3
+
+
+class Clock:
+    """In place of real times: each function takes what this says, and whole networks the sum of their modules."""
+
+    def __init__(self, assembler: Assembler) -> None:
+        self.assembler, self.macs = assembler, MACs(additions=False).bind(assembler.network)
+
+    def alone(self, edge: int, bits: Tensor) -> float:
+        used = torch.zeros(1, self.assembler.network.units)
+        used[0, edge] = 1
+        for site in self.assembler.network.sites:
+            if site.edge == edge:
+                used[0, self.macs.channels[edge].units[0] : self.macs.channels[edge].units[1]] = bits
+        return 0.01 + float(self.macs(used)[0]) * 1e-6
+
+    def addition(self, node: int) -> float:
+        return 0.002
+
+    def activation(self, node: int) -> float:
+        return 0.001
+
+    def whole(self, kept: Tensor) -> float:
+        """Half as long again as the modules by themselves, and something that is always there."""
+        network = self.assembler.network
+        used = network.used(kept)
+        total = 0.0
+        for edge in self.assembler.edges:
+            if used[0, edge]:
+                total += self.alone(edge, network.groups_of(edge, used)[0])
+        for node, entering in enumerate(network.graph.incoming):
+            count = int(used[0, list(entering)].sum()) if entering else 0
+            total += self.addition(node) * max(0, count - 1)
+            total += self.activation(node) * (count > 0 and node in self.assembler.nodes)
+        return 0.05 + 1.5 * total
+
+
+@pytest.fixture
+def clocked(monkeypatch) -> None:
+    """Latency models see the times of a `Clock`."""
+
+    clocks: dict[Assembler, Clock] = {}
+
+    def clock_of(assembler: Assembler) -> Clock:
+        if assembler not in clocks:
+            clocks[assembler] = Clock(assembler)
+        return clocks[assembler]
+
+    def times(self: Assembler, ways: Sequence[float], calls: int) -> list[Timing]:
+        return [Timing(np.full(calls, way), 0.0) for way in ways]
+
+    for name in ("alone", "addition", "activation", "whole"):
+        monkeypatch.setattr(Assembler, name, lambda self, *given, own=name: getattr(clock_of(self), own)(*given))
+    monkeypatch.setattr(Assembler, "yardstick", lambda self: 1.0)
+    monkeypatch.setattr(Assembler, "nothing", lambda self: 0.0)
+    monkeypatch.setattr(Assembler, "times", times)
+    monkeypatch.setattr(Assembler, "_export", lambda self: None)
+
+
+@pytest.mark.parametrize("name", ["fabric", "channels", "ends"])
+@pytest.mark.usefixtures("clocked")
+def test_prediction_is_exact_where_times_add_up(name: str):
+    torch.manual_seed(0)
+    space = SPACES[name]().eval()
+    budget = bn.Budget(Latency(), at_most="50%").bind(space)
+    model = budget.model
+    assert isinstance(model, LatencyModel)
+    kept = widely(space, 40, generator(7))
+    seen = torch.tensor([one.value for one in model.measure(kept)], dtype=torch.float64)
+    assert torch.allclose(model(space.used(kept)), seen, rtol=2e-3)
+    assert model.error < 2e-3
+    assert model.full == pytest.approx(float(seen[0]))
+    assert model.measure(budget.cheapest(space))[0].value <= float(seen.min())
+
+
+@pytest.mark.usefixtures("clocked")
+def test_what_is_measured_corrects_the_prediction():
+    torch.manual_seed(0)
+    space = SPACES["fabric"]().eval()
+    model = Latency().bind(space)
+    kept = widely(space, 60, generator(3))[1:]
+    truth = Clock.whole
+    before = float(model(space.used(kept[-1:]))[0])
+    try:
+        Clock.whole = lambda self, kept: 2 * truth(self, kept)  # type: ignore[method-assign]
+        model.refit(kept[:50])
+        assert model.error == pytest.approx(0.5, abs=0.01)  # judged before it knew them
+        after = float(model(space.used(kept[-1:]))[0])
+    finally:
+        Clock.whole = truth  # type: ignore[method-assign]
+    assert 1.15 * before < after < 2 * before  # half of what is known is as it was
+
+
+@pytest.mark.usefixtures("clocked")
+def test_the_gradient_is_the_trend_of_what_was_measured():
+    space = SPACES["channels"]().eval()
+    model = Latency().bind(space)
+    used = space.used(space.architecture("full")).requires_grad_()
+    (slope,) = torch.autograd.grad(model(used).sum(), used)
+    macs = MACs(additions=False).bind(space)
+    again = used.detach().clone().requires_grad_()
+    (expected,) = torch.autograd.grad(macs(again).sum() * 1.5e-6, again)
+    groups = slice(len(space.graph.edges), None)
+    assert torch.allclose(slope[0, groups], expected[0, groups].to(slope), rtol=0.02)
+    assert (slope[0, groups] > 0).all()
+
+
+def test_times_between_numbers_of_channels_are_interpolated():
+    space = bn.spaces.resnet(depth=8, channels=8, image_size=8)
+    edge, site = next(iter(MACs().bind(space).channels.items()))
+    stairs = {"1": 1.0, "4": 1.0, "5": 3.0, "8": 3.0}
+    inside = channel_time(site, stairs)
+    used = torch.zeros(5, space.units)
+    for row, count in enumerate((1, 2, 4, 5, 8)):
+        used[row, site.units[0] : site.units[0] + count] = 1
+    assert inside(used).tolist() == [1.0, 1.0, 1.0, 3.0, 3.0]
+    assert inside.scaled(2.0)(used).tolist() == [2.0, 2.0, 2.0, 6.0, 6.0]
+    openings_of = {counts_key(bits, site) for bits in openings(site)}
+    assert openings_of == {str(n) for n in range(1, 9)}
+    assert edge in range(len(space.graph.edges))
+
+
+def test_the_fit_finds_the_weights_and_its_error_is_that_of_leaving_out():
+    random = np.random.default_rng(0)
+    parts, weights = random.random((60, 4)), np.array([0.3, 1.0, 1.4, 0.8, 1.1])
+    seen = weights[0] + parts @ weights[1:]
+    found, error = fitted(parts, seen)
+    assert np.allclose(found, weights, rtol=1e-2)
+    assert error < 2e-3
+    noisy = seen * random.lognormal(sigma=0.05, size=60)
+    _, error = fitted(parts, noisy)
+    apart = []
+    for row in range(60):
+        rest = np.arange(60) != row
+        guess, _ = fitted(parts[rest], noisy[rest])
+        apart.append(abs((guess[0] + parts[row] @ guess[1:]) / noisy[row] - 1))
+    assert error == pytest.approx(float(np.median(apart)), rel=0.25)
+
+
+def test_a_table_is_kept_in_a_file(tmp_path: Path):
+    setting = Setting.here("onnxruntime", 1, 1, "cpu")
+    table = Timetable(setting, 0.5, {"conv": {"": 0.25}, "block": {"3": 0.1}}, [({"conv": 0.25}, 0.7)])
+    file = tmp_path / "times.json"
+    table.save(file)
+    again = Timetable.load(file, setting)
+    assert (again.yardstick, again.times, again.networks) == (table.yardstick, table.times, table.networks)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda content: content.update(threads=4), "holds times for threads 4, but here it is 1"),
+        (lambda content: content.update(processor="Abacus"), "holds times for processor Abacus"),
+        (lambda content: content.update(format="other"), "must hold times of modules .* format 'other'"),
+        (lambda content: content.pop("times_ms"), "must hold times of modules .* 'times_ms'"),
+        (lambda content: content["times_ms"].update(conv={"": -1}), "a time of -1"),
+        (lambda content: content["times_ms"].update(conv=3), "must hold times of modules"),
+        (lambda content: content.update(networks=[{}]), "must hold times of modules"),
+        (lambda content: content.update(yardstick_ms="x"), "a time of 'x'"),
+    ],
+)
+def test_a_file_that_is_no_table_of_this_machine_is_refused(spoil, line: str, tmp_path: Path):
+    setting = Setting.here("onnxruntime", 1, 1, "cpu")
+    file = tmp_path / "times.json"
+    Timetable(setting, 0.5, {"conv": {"": 0.25}}).save(file)
+    content = json.loads(file.read_text())
+    spoil(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(FileError, match=line):
+        Timetable.load(file, setting)
+    file.write_text("{")
+    with pytest.raises(FileError, match="must hold times of modules"):
+        Timetable.load(file, setting)
+
+
+@pytest.mark.usefixtures("clocked")
+def test_a_table_spares_measuring_again_and_scales_with_the_machine(tmp_path: Path, monkeypatch):
+    space = SPACES["fabric"]().eval()
+    cost = Latency(table=str(tmp_path / "times.json"))
+    first = cost.bind(space)
+    asked: list[int] = []
+    before = Assembler.times
+
+    def counted(self: Assembler, ways: Sequence[float], calls: int) -> list[Timing]:
+        asked.append(len(ways))
+        return before(self, ways, calls)
+
+    monkeypatch.setattr(Assembler, "times", counted)
+    again = cost.bind(space)
+    assert asked == [1]  # the yardstick alone
+    used = space.used(widely(space, 8, generator()))
+    assert torch.allclose(first(used), again(used))
+    assert again.full == first.full
+    monkeypatch.setattr(Assembler, "yardstick", lambda self: 2.0)
+    slow = cost.bind(space)
+    assert torch.allclose(slow(used), 2 * first(used))
+    assert "2.00 times as slow" in slow.notes["slower"]
+
+
+class Off:
+    """A measured cost whose truth lies a share above what it predicts."""
+
+    unit = "ms"
+
+    def __init__(self, space: bn.SuperNetwork, share: float) -> None:
+        self.space, self.share, self.macs, self.measured = space, share, MACs().bind(space), 0
+
+    def __call__(self, used: Tensor) -> Tensor:
+        return self.macs(used)
+
+    def measure(self, kept: Tensor) -> list[Measured]:
+        self.measured += len(kept)
+        values = (self.macs(self.space.used(kept)) * self.share).tolist()
+        return [Measured(value, 0.99 * value, 1.005 * value) for value in values]
+
+
+@pytest.mark.parametrize("share", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("name", ["fabric", "channels"])
+def test_limits_hold_as_measured_and_hardly_anything_is_left(share: float, name: str):
+    torch.manual_seed(3)
+    space = SPACES[name]()
+    with torch.no_grad():
+        space.gates.values.copy_(2 * torch.randn_like(space.gates.values).abs())  # the mode is the full network
+    model = Off(space, share)
+    budget = bn.Budget(MACs(), at_most="50%").bind(space)
+    budget = dataclasses.replace(budget, model=model)
+    pool, costs = measured_to_fit(space, [budget], count=6, generator=generator())
+    truth = (model.macs(space.used(pool)) * share).tolist()
+    assert costs[budget.name] == pytest.approx(truth)
+    assert all(1.005 * value <= budget.limit for value in truth)
+    assert max(truth) > 0.93 * budget.limit
+    assert model.measured <= 40
+
+
+@pytest.mark.parametrize(
+    ("text", "cost"),
+    [
+        ("latency", Latency()),
+        ("latency.p95", Latency(quantile="p95")),
+        ("latency:torch", Latency(runtime="torch")),
+        ("latency.p90[threads=2,batch=8]", Latency(quantile="p90", threads=2, batch=8)),
+    ],
+)
+def test_costs_are_read_and_written(text: str, cost: Latency):
+    assert parse_cost(text) == cost
+    assert cost_name(cost) == text
+    assert cost_name(dataclasses.replace(cost, table="times.json")) == text
+
+
+@pytest.mark.parametrize(("limit", "number"), [("2ms", 2.0), ("2", 2.0), ("500us", 0.5), ("1.5s", 1500.0)])
+def test_limits_are_times(limit: str, number: float):
+    assert _limit(limit, "ms").number == number
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("latency<=2M", "a limit in ms must be a number > 0, with us, ms, s or % behind it, got '2M'"),
+        ("macs<=2ms", "a limit in MAC must be a number > 0, with K, M, G or % behind it, got '2ms'"),
+        ("latency.mean<=2ms", "a quantile is median or p1 to p99"),
+        ("latency:jax<=2ms", "runtime must be onnxruntime, torch, compiled, got 'jax'"),
+        ("latency[threads=0]<=2ms", "threads must be >= 1, got 0"),
+        ("latency[batch=0]<=2ms", "batch must be >= 1, got 0"),
+        ("latency[device=cuda]<=2ms", "measured on cpu, or of torch on cuda, got onnxruntime on 'cuda'"),
+        ("latency[device=tpu]<=2ms", "measured on cpu, or of torch on cuda"),
+        ("macs.p95<=2M", "macs has no parts"),
+    ],
+)
+def test_wrong_limits_give_one_clear_line(text: str, line: str):
+    with pytest.raises(ConfigError, match=line) as caught:
+        bn.Budget.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_gates_that_look_at_the_input_have_no_latency_of_their_own():
+    space = bn.spaces.resnet(depth=8, channels=8, image_size=8, conditional=True)
+    with pytest.raises(ConfigError, match="latency needs gates that do not look at the input"):
+        Latency().bind(space)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_real_times_of_real_networks_rise_with_what_is_kept(runtime: str):
+    torch.manual_seed(0)
+    space = bn.spaces.resnet_fabric(width=2, channels=16, image_size=16).eval()
+    model = LatencyModel(space, Latency(runtime=runtime))
+    path = space.of_edges(space.graph.cheapest_path(model.along_path))
+    small, full = model.measure(torch.cat([path, space.architecture("full")]))
+    assert 0 < small.low <= small.value <= small.high < full.value
+    predicted = model(space.used(torch.cat([path, space.architecture("full")])))
+    assert float(predicted[0]) < float(predicted[1])
+    assert model.error < 0.5
+
+
+def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped(tmp_path: Path):
+    space = bn.spaces.resnet_fabric(width=2, channels=8, image_size=8, in_channels=1)
+    data = bn.data.load("digits").subset(256, seed=0)
+    options = bn.SearchOptions(epochs=6, candidates=4, recalibration=2)
+    found = bn.search(space, data, ["latency<=60%", "macs<=90%"], options, out=tmp_path / "run")
+    entry = found.result["budgets"][0]
+    assert (entry["cost"], entry["unit"]) == ("latency", "ms")
+    assert entry["low"] <= entry["value"] <= entry["high"]
+    assert entry["met"] == (entry["value"] <= entry["limit"])
+    assert entry["limit"] == pytest.approx(0.6 * found.result["before"][0]["full"])
+    assert found.result["budgets"][1]["met"]
+    assert all(row["costs"]["latency"] <= entry["limit"] for row in found.result["candidates"])
+    table = json.loads((tmp_path / "run" / "latency-onnxruntime-1-1.json").read_text())
+    assert len(table["networks"]) > 48  # some were measured during the search
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["budgets"][0]["error"] is not None for line in lines] == [True] * 6
+    again = bn.search(space, data, ["latency<=60%", "macs<=90%"], options, out=tmp_path / "run", resume=True)
+    assert again.result["budgets"][0]["limit"] == entry["limit"]
+    assert torch.equal(again.architecture, found.architecture)
