@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet.budgets import parse_cost
+from budgetnet.costs import Latency
+from budgetnet.costs.measured import MeasuredModel
 from budgetnet.errors import ConfigError, FileError
-from budgetnet.export import latency, load, load_program
-from budgetnet.extraction import extract, fold_batch_norm
+from budgetnet.export import file_latency, load_program
 from budgetnet.supernet import SuperNetwork
 
 FILE_COSTS = {"macs": "MAC", "params": "parameter", "memory": "B", "latency": "ms"}
@@ -28,7 +29,7 @@ def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -
     Args:
         network: the space.
         kept: `(1, G)` decisions.
-        costs: as written in budgets; also "latency", of the extracted network in torch.
+        costs: as written in budgets; those that a real network shows are measured.
 
     Returns:
         `{"costs": {"macs": 40899200, ...}, "units": {"macs": "MAC", ...}}`, keys as asked.
@@ -42,13 +43,13 @@ def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -
     values: dict[str, float] = {}
     units: dict[str, str] = {}
     for text in costs:
-        if text == "latency":
-            plain = fold_batch_norm(extract(network, kept))
-            values[text], units[text] = _torch_latency(plain, network.input_shape), FILE_COSTS[text]
+        cost = parse_cost(text)
+        if isinstance(cost, Latency):
+            value = cost.measured(network, kept).value
         else:
-            cost = parse_cost(text)
-            value = float(cost.bind(network)(used)[0])
-            values[text], units[text] = int(value) if value.is_integer() else value, cost.unit
+            model = cost.bind(network)
+            value = model.measure(kept)[0].value if isinstance(model, MeasuredModel) else float(model(used)[0])
+        values[text], units[text] = int(value) if value.is_integer() else value, cost.unit
     return {"costs": values, "units": units}
 
 
@@ -63,13 +64,13 @@ def measure_file(path: str | Path, costs: Sequence[str]) -> dict[str, Any]:
     for text in costs:
         if text not in FILE_COSTS:
             raise ConfigError(f"of a file can be measured {', '.join(FILE_COSTS)}, got {text!r}")
-    run = load(path)
     count = _count_onnx if path.suffix == ".onnx" else _count_pt2
     shape, counted = count(path)
     if not all(shape):
         raise FileError(f"{path} must say what size of images it takes, got {shape}")
     values = {
-        text: latency(run, torch.zeros(1, *shape))["median"] if text == "latency" else counted[text] for text in costs
+        text: file_latency(path, torch.zeros(1, *shape))["median"] if text == "latency" else counted[text]
+        for text in costs
     }
     return {"costs": values, "units": {text: FILE_COSTS[text] for text in costs}}
 
@@ -123,12 +124,3 @@ def _count_onnx(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
 
 def _memory(network: Any) -> int:
     return sum(value.numel() * value.element_size() for value in network.state_dict().values())
-
-
-def _torch_latency(network: Callable[[Tensor], Tensor], shape: Sequence[int]) -> float:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return latency(network, torch.zeros(1, *shape))["median"]
-    finally:
-        torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ from budgetnet.supernet import SuperNetwork
 NEAR = 6
 """Of the likeliest architectures so many are measured before the choice among all."""
 ATTEMPTS = 5
-TRIES = 2
+TRIES = 4
 CLOSE = 0.02
 """Share of a limit that may be left."""
 

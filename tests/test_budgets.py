@@ -130,7 +130,14 @@ def test_what_can_be_reached_is_told_before_training():
     first, second = check_reachable(NETWORK, budgets)
     assert first.pop("expected") == pytest.approx(mean, abs=4 * ((square - mean**2) / 1024) ** 0.5)
     smallest = float(costs[used.any(dim=1)].min())
-    assert first == {"cost": "macs", "unit": "MAC", "limit": FULL / 2, "smallest": smallest, "bound": True, "full": FULL}
+    assert first == {
+        "cost": "macs",
+        "unit": "MAC",
+        "limit": FULL / 2,
+        "smallest": smallest,
+        "bound": True,
+        "full": FULL,
+    }
     assert (second["cost"], second["unit"], second["limit"], second["smallest"]) == ("steps:2", "step", 9, 6)
 
 

@@ -205,10 +205,17 @@ def test_the_best_of_the_candidates_by_the_judge_is_chosen():
 
 
 def test_batches_set_the_norms_of_candidates_and_of_what_is_chosen():
-    one = finished()
+    one, judged = finished(), []
+
+    def judge(plain: nn.Module) -> float:
+        judged.append(plain)
+        return small(plain)
+
     network, batches = one.steering.network, [batch(seed) for seed in range(3)]
     before = {key: value.clone() for key, value in network.state_dict().items() if key.endswith("running_mean")}
-    one.choose(small, batches)
+    one.choose(judge, batches)
+    best = max(judged, key=small).state_dict()
+    assert all(torch.equal(value, best[key]) for key, value in one.network().state_dict().items())
     after = network.state_dict()
     moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
     used = network.used(one.chosen)[0].bool().tolist()

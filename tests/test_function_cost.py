@@ -498,8 +498,10 @@ def test_a_cost_that_falls_where_modules_are_added_is_never_refused_before():
     assert row["bound"]
     kept = probable(network, [budget], count=4, generator=drawn_from(0))
     assert bool((budget.model(network.used(kept)) <= 1).all())
-    unheard_of = bn.Budget(lacking, target=1000).bind(network)  # above all that was seen
-    assert check_reachable(network, [unheard_of])[0]["limit"] == 1000
+    for given in ({"target": 1000}, {"at_most": 1}):  # above and below all that was seen
+        seven = bn.costs.Function(lambda names: 2.0 - (len(names) == 7), of="architecture", key="cost")
+        (row,) = check_reachable(network, [bn.Budget(seven, **given).bind(network)])
+        assert row["smallest"] == 2
 
 
 # Learning from what is drawn

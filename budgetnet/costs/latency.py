@@ -78,6 +78,21 @@ class Latency:
             raise ConfigError(f"a table of times needs a folder to be in, got {self.table!r}")
         return self
 
+    def assembler(self, network: SuperNetwork) -> Assembler:
+        """What builds this network's architectures to be timed."""
+        runtime: Runtime = self.runtime  # type: ignore[assignment]
+        return Assembler(network, runtime=runtime, threads=self.threads, batch=self.batch, device=self.device)
+
+    def measured(self, network: SuperNetwork, kept: Tensor) -> Measured:
+        """What the extracted network of an architecture, `(1, G)`, takes; nothing is predicted.
+
+        Raises:
+            ConfigError: it does not connect input and output.
+        """
+        assembler = self.assembler(network)
+        timing, share = assembler.times([assembler.whole(kept)], 200)[0], quantile_share(self.quantile)
+        return Measured(timing.quantile(share), *timing.interval(share))
+
     def bind(self, network: SuperNetwork) -> LatencyModel:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
 
@@ -110,12 +125,10 @@ class LatencyModel:
     def __init__(self, network: SuperNetwork, cost: Latency) -> None:
         self.network, self.cost, self.notes = network, cost, dict[str, str]()
         self.share, self.each_epoch = quantile_share(cost.quantile), EACH_EPOCH.get(cost.runtime, 4)
-        options = {"threads": cost.threads, "batch": cost.batch, "device": cost.device}
-        runtime: Runtime = cost.runtime  # type: ignore[assignment]
-        self.assembler = Assembler(network, runtime=runtime, **options)  # type: ignore[arg-type]
-        # a module of its own is not compiled: that takes seconds each
-        eager = runtime == "compiled"
-        self.modules = Assembler(network, runtime="torch", **options) if eager else self.assembler  # type: ignore[arg-type]
+        self.assembler = cost.assembler(network)
+        # modules by themselves are not compiled: that takes seconds each
+        eager = cost.runtime == "compiled"
+        self.modules = replace(cost, runtime="torch").assembler(network) if eager else self.assembler
         channels = MACs().bind(network).channels
         self.sites = {edge: inside for edge, inside in channels.items() if isinstance(inside, ChannelCost)}
         self._read()

@@ -82,6 +82,7 @@ def section(run: Run) -> dict[str, Any]:
         "headline": headline(run),
         "verdict": verdict(run),
         "budgets": rows,
+        "measured": [each for each in result.budgets if each.low is not None] if result else [],
         "drawing": draw(architecture, *_cut(run)) if architecture and architecture.nodes else None,
         "cuts": run.cuts,
         "plans": [(plan, gantt(plan, architecture)) for plan in run.plans if plan.tasks] if architecture else [],

@@ -99,6 +99,15 @@ class Outcome:
     value: float
     at_most: bool  # False for a target from either side
     met: bool
+    low: float | None = None  # of one that was measured: between which it is expected when it is measured again
+    high: float | None = None
+    predicted: float | None = None
+    notes: tuple[str, ...] = ()  # what was noticed while it was measured
+
+    @property
+    def unsure(self) -> bool:
+        """Whether the limit lies within the noise of the measurement."""
+        return self.low is not None and self.high is not None and self.low <= self.limit <= self.high
 
     @property
     def kept(self) -> bool:
@@ -149,6 +158,8 @@ class Result:
                     value=budget.number("value"),
                     at_most="~=" not in sign,
                     met=budget.flag("met"),
+                    **{key: budget.maybe_number(key) for key in ("low", "high", "predicted")},
+                    notes=tuple(budget.texts("notes")) if "notes" in budget.values else (),
                 )
                 for budget, sign in zip(budgets, signs, strict=True)
             ),
