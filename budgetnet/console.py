@@ -34,7 +34,7 @@ class Bars:
             table = Table("cost", "smallest", "expected", "full", "limit", title="before training")
             for row in limits:
                 least, *numbers = [quantity(row[key], row["unit"]) for key in ("smallest", "expected", "full", "limit")]
-                table.add_row(escape(row["cost"]), least if row["bound"] else f"{least} seen", *numbers)
+                table.add_row(escape(row["cost"]), least if row["bound"] else f"{least.rstrip()} seen", *numbers)
             self.console.print(table)
         self.epochs = options.epochs
         self.progress = Progress(

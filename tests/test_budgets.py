@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from budgetnet import Budget, Edge, SuperNetwork
 from budgetnet.budgets import TOLERANCE, check_reachable, cost_name, parse_cost
-from budgetnet.costs import MACs, Params, Steps
+from budgetnet.costs import MACs, Memory, Params, Steps
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.spaces import conv_fabric
 
@@ -55,10 +55,6 @@ def test_a_cost_is_named_as_it_is_read(cost):
         ("40.9M", 40.9e6),
         ("3K", 3000),
         ("1.5G", 1.5e9),
-        ("2KB", 2000),
-        ("50MB", 5e7),
-        ("1GB", 1e9),
-        ("8B", 8),
         ("2e3", 2000),
         ("2.5e-1K", 250),
         ("25%", FULL / 4),
@@ -71,9 +67,16 @@ def test_limits_are_numbers_in_the_costs_unit_or_shares_of_the_full_network(give
     assert (bound.full, bound.unit, bound.name, bound.upper) == (FULL, "MAC", "macs", True)
 
 
+@pytest.mark.parametrize(
+    ("given", "limit"), [("2KB", 2000), ("50MB", 5e7), ("1GB", 1e9), ("8B", 8), ("8", 8), ("3K", 3000)]
+)
+def test_limits_on_memory_are_bytes(given, limit):
+    assert Budget(Memory(), at_most=given).bind(NETWORK).limit == limit
+
+
 @pytest.mark.parametrize("given", [0, -3, "0", "-3M", "abc", "", "%", "5X", "1.2.3", "nan", float("inf"), "1e999", "."])
 def test_limits_that_are_no_number_above_zero(given):
-    with pytest.raises(ConfigError, match="a limit must be a number > 0"):
+    with pytest.raises(ConfigError, match="a limit in MAC must be a number > 0"):
         Budget(MACs(), at_most=given)
 
 

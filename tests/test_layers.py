@@ -14,7 +14,8 @@ LAYERS = (
     *("spaces", "weights", "extraction", "timing", "export", "onnx_pieces", "assembly", "costs"),
     *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
     *("selection", "runs", "architectures", "measure"),
-    *("report", "optimizers", "steering", "training", "session", "delivery", "search", "controller", "console", "cli", "__init__", "__main__"),
+    *("report", "optimizers", "steering", "training", "session", "delivery", "search", "controller", "console", "cli"),
+    *("__init__", "__main__"),
 )
 """The one statement of the order; a folder is a layer, whose files may import one another."""
 

@@ -208,6 +208,17 @@ def test_gathered_channels_are_held_by_their_numbers():
     assert Memory("activations").bind(network)(used).tolist() == [16 * 6, 16 * 5, 16 * 6]
 
 
+def test_a_batch_norm_that_stands_behind_no_convolution_is_held_by_its_open_channels():
+    """4 numbers of 4 bytes for each channel, and how many batches it saw, 8 bytes, once."""
+    layers = [nn.Conv2d(1, 3, 1), nn.ReLU(), nn.BatchNorm2d(3), ChannelGate(3), nn.Conv2d(3, 1, 1, bias=False)]
+    edges = [Edge(start="x", end="y", module=GatedSequential(*layers), fixed=True)]
+    network = SuperNetwork(edges, input_shape=(1, 2, 2))
+    kept = torch.tensor([[1.0, 1, 1], [0, 1, 0], [1, 0, 1]])
+    channel = 4 * (2 + 4 + 1)
+    assert [params for params, _ in modelled(network, kept)] == [8 + 3 * channel, 8 + channel, 8 + 2 * channel]
+    assert modelled(network, kept) == counted(network, kept)
+
+
 @pytest.mark.parametrize("network", SPACES.values(), ids=SPACES)
 def test_costs_of_many_architectures_are_the_costs_of_each(network: SuperNetwork, monkeypatch):
     used = network.used(connected(network, 7, seed=2, probability=0.8))

@@ -188,7 +188,7 @@ def carried_out(network: SuperNetwork, used: list[bool], cost: Schedule, plan: T
     has |= {(task.name, task.worker): task.end for task in plan.tasks}
     for sent in plan.sent:
         assert sent.start == has[sent.name, sent.source]
-        assert sent.end - sent.start == 4 * network.input_shape[0] / (cost.link * 1e6)
+        assert sent.end - sent.start == pytest.approx(4 * network.input_shape[0] / (cost.link * 1e6))
         assert (sent.name, sent.target) not in has
         has[sent.name, sent.target] = sent.end
     if cost.link == inf:
@@ -261,7 +261,7 @@ def test_no_schedule_is_shorter_than_the_best_one(seed: int, nodes: int, extra: 
     network, cost = timed(random_graph(seed, nodes, extra), seed, longest=3), costs(seed, 2)
     if sum(steps > 0 for steps in (*network.edge_steps, *network.node_steps)) <= 5:
         used = network.used(torch.ones(1, network.gate_count))
-        assert best(network, cost) <= float(cost.bind(network)(used))
+        assert best(network, cost) <= float(cost.bind(network)(used)) + 1e-9  # its sums may round otherwise
 
 
 # --- by hand -----------------------------------------------------------------------------------------------------

@@ -67,6 +67,16 @@ def search(extra: str = "", budget: str | None = "macs<=60%", out: str = "{tmp}/
 RESUME = search("--resume")
 CATS = tuple(f"train/{kind}/{number}.png" for kind in ("cat", "dog") for number in range(4))
 FACES = tuple(f"{part}/{kind}/0.png" for part in ("train", "val", "test") for kind in ("images", "masks"))
+ENERGY = """
+def energy(network):
+    return "much"
+
+def loss(output, target):
+    return 0.0
+
+def broken(network):
+    return 1 / 0
+"""
 CYCLE = """
 from budgetnet import Edge, SuperNetwork
 from torch import nn
@@ -139,6 +149,11 @@ BUDGETS = [
     Wrong("fewer steps than the shortest path", search(budget="steps:2<=3"), status=3),
     Wrong("a target above the full network", search(budget="macs~=150%"), status=3),
     Wrong("a target below the smallest network", search(budget="macs~=1%"), status=3),
+    Wrong("a file of costs that is not there", search(budget="{tmp}/costs.py:energy<=5")),
+    Wrong("a function its file does not have", search(budget="{tmp}/costs.py:power<=5"), written("costs.py", ENERGY)),
+    Wrong("a function of something else", search(budget="{tmp}/costs.py:loss<=5"), written("costs.py", ENERGY)),
+    Wrong("a function that returns a text", search(budget="{tmp}/costs.py:energy<=5"), written("costs.py", ENERGY)),
+    Wrong("a function that raises an error", search(budget="{tmp}/costs.py:broken<=5"), written("costs.py", ENERGY)),
 ]
 SPACES = [
     Wrong("a space that does not exist", search("--space vgg")),

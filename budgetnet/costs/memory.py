@@ -101,8 +101,7 @@ class MemoryCost:
         """`(B,)` bytes of activations alive at once in `(B, U)` used units."""
         assert self.liveness is not None
         bits = used.to("cpu", torch.float64)
-        peaks = torch.cat([self.liveness(chunk).peak for chunk in torch.split(bits, CHUNK)])
-        return torch.where(self.network.connects(bits), peaks, 0.0).to(used.device)
+        return torch.cat([self.liveness(chunk).peak for chunk in torch.split(bits, CHUNK)]).to(used.device)
 
     @property
     def along_path(self) -> list[float] | None:

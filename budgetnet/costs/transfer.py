@@ -110,8 +110,7 @@ class TransferCost:
         found = []
         for bits in torch.split(used.detach().to("cpu", torch.float64), CHUNK):
             _, sizes, macs = self.cuts(bits)
-            least = torch.where(macs <= self.affords, sizes, inf).amin(dim=0)
-            found.append(torch.where(self.network.connects(bits), least, 0.0))
+            found.append(torch.where(macs <= self.affords, sizes, inf).amin(dim=0))
         return torch.cat(found).to(used.device)
 
     def cuts(self, used: Tensor) -> tuple[list[int], Tensor, Tensor]:
