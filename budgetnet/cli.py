@@ -17,6 +17,7 @@ from typing import Any
 import jsonargparse
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from budgetnet import data as datasets
@@ -151,7 +152,7 @@ def measure_command(arguments: list[str]) -> None:
         return
     table = Table("cost", "value", "exactly")
     for name, value in found["costs"].items():
-        table.add_row(name, quantity(value, found["units"][name]), f"{value:,}")
+        table.add_row(escape(name), quantity(value, found["units"][name]), f"{value:,}")
     Console().print(table)
 
 
@@ -333,7 +334,8 @@ def _tell(found: Found) -> None:
     table = Table("cost", "network", "limit", "kept", title="budget")
     for row in result["budgets"]:
         numbers = [quantity(row[key], row["unit"]) for key in ("value", "limit")]
-        table.add_row(row["cost"], *numbers, "yes" if row["met"] else "NO")
+        unsure = ", within the noise" if row.get("noise") else ""
+        table.add_row(escape(row["cost"]), *numbers, ("yes" if row["met"] else "NO") + unsure)
     if result["budgets"]:
         console.print(table)
     quality = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result["test"].items() if name != "loss")

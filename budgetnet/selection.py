@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -172,10 +173,12 @@ def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, lo
     path = network.graph.cheapest_path([0.0 if column is None else float(unlikely[column]) for column in columns])
     likely = network.of_edges(path)
     fitting = fitting_path(network, budgets)
-    starts = [kept, torch.maximum(kept, likely), likely, *([] if fitting is None else [fitting])]
-    starts.append(network.architecture("full"))  # for a target that lies above all of these
+    starts: list[Callable[[], Tensor]] = [lambda: kept, lambda: torch.maximum(kept, likely), lambda: likely]
+    starts += [] if fitting is None else [lambda: fitting]
+    starts += [partial(budget.cheapest, network) for budget in budgets]
+    starts.append(partial(network.architecture, "full"))  # for a target that lies above all of these
     for start in starts:
-        cut = _cut(network, budgets, trimmed(network, start), logits)
+        cut = _cut(network, budgets, trimmed(network, start()), logits)
         if cut is not None:
             return cut
     return kept[:0]

@@ -256,6 +256,19 @@ def test_a_loop_that_is_taken_up_again_ends_in_the_same_weights(stop, tmp_path):
     assert whole.steering.prices == second.steering.prices
 
 
+def test_a_state_stays_as_it_was_taken():
+    own = bn.Budget(bn.costs.Function(lambda network: sum(p.numel() for p in network.parameters())), at_most="60%")
+    one = controller(fabric, own)
+    optimizer = sgd(one)
+    for seed in range(3):
+        step(one, optimizer, seed)
+    state = one.state_dict()
+    tensors = {name: value.clone() for name, value in state["tensors"].items()}
+    step(one, optimizer, 3)
+    assert all(torch.equal(value, state["tensors"][name]) for name, value in tensors.items())
+    assert any(not torch.equal(value, tensors[name]) for name, value in one.state_dict()["tensors"].items())
+
+
 def test_costs_that_read_examples_get_those_of_the_step():
     seen: list[Tensor] = []
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from functools import lru_cache
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -718,6 +719,20 @@ def test_a_search_keeps_the_limit_of_a_function_in_a_file(file, name, capsys):
     assert options["budgets"] == [f"{file}:{name}<=70%"]
     assert f"{file}:{name}" in Path("run/report.html").read_text()
     assert cli.main(["report", "run", "--json"]) == 0
+
+
+@pytest.mark.parametrize(("name", "architectures"), [("energy", "example"), ("weight", 16), ("macs", "example")])
+def test_a_search_by_gumbel_draws_few_architectures_where_each_costs_a_call(file, name, architectures, monkeypatch):
+    """Stopped before its first step."""
+
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("budgetnet.search"), "Learner", stopped)  # the name is the function's, too
+    budget = "macs<=60%" if name == "macs" else f"{file}:{name}<=60%"
+    space = ["--space", "resnet", "--space.depth", "8", "--space.channels", "4", "--space.gates", "channels"]
+    assert cli.main(["search", *space, "--budget", budget, "--out", "run"]) == cli.INTERRUPTED
+    assert json.loads(Path("run/options.json").read_text())["search"]["architectures"] == architectures
 
 
 def test_a_run_with_a_function_is_taken_up_where_it_stopped(file, monkeypatch, capsys):
