@@ -499,10 +499,13 @@ def test_a_cost_that_falls_where_modules_are_added_is_never_refused_before():
     assert row["bound"]
     kept = probable(network, [budget], count=4, generator=drawn_from(0))
     assert bool((budget.model(network.used(kept)) <= 1).all())
+    rare = frozenset(("input", "l0.s0>l0.s1", "l0.s1>l1.s1", "l1.s1>l1.s2", "output"))  # not among the samples
     for given in ({"target": 1000}, {"at_most": 1}):  # above and below all that was seen
-        seven = bn.costs.Function(lambda names: 2.0 - (len(names) == 7), of="architecture", key="cost")
-        (row,) = check_reachable(network, [bn.Budget(seven, **given).bind(network)])
+        cost = bn.costs.Function(lambda names: 2.0 - (names == rare), of="architecture", key="cost")
+        budget = bn.Budget(cost, **given).bind(network)
+        (row,) = check_reachable(network, [budget])
         assert row["smallest"] == 2
+        assert float(budget.model(network.used(every(network.gate_count))).unique()[1]) == 1
 
 
 # Learning from what is drawn
