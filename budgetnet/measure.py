@@ -16,7 +16,7 @@ from budgetnet.budgets import parse_cost
 from budgetnet.costs import Latency
 from budgetnet.costs.measured import MeasuredModel
 from budgetnet.errors import ConfigError, FileError
-from budgetnet.export import file_latency, load_program
+from budgetnet.export import file_latency, load, load_program
 from budgetnet.supernet import SuperNetwork
 
 FILE_COSTS = {"macs": "MAC", "params": "parameter", "memory": "B", "latency": "ms"}
@@ -64,6 +64,7 @@ def measure_file(path: str | Path, costs: Sequence[str]) -> dict[str, Any]:
     for text in costs:
         if text not in FILE_COSTS:
             raise ConfigError(f"of a file can be measured {', '.join(FILE_COSTS)}, got {text!r}")
+    load(path)  # refuses what its runtime does not run
     count = _count_onnx if path.suffix == ".onnx" else _count_pt2
     shape, counted = count(path)
     if not all(shape):

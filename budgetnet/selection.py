@@ -92,7 +92,7 @@ def probable(
             whole = filled(network, budgets, torch.tensor([row]), logits, wanted.clone())
             unique[tuple(whole[0].tolist())] = None
     if not unique:
-        tightest = min(budgets, key=lambda budget: budget.limit / budget.full)
+        tightest = min(budgets, key=lambda budget: budget.limit / max(budget.full, 1e-12))
         raise UnreachableBudget(
             f"no architecture of {network.name} was found that keeps all budgets; the tightest is "
             f"{tightest.name} at {tightest.limit:.6g} {tightest.unit}"
@@ -138,7 +138,7 @@ def measured_to_fit(
             break
         for place, (budget, (values, _)) in enumerate(zip(budgets, columns, strict=True)):
             if isinstance(budget.model, MeasuredModel):
-                share = budget.limit / median(values) * (1 - CLOSE / 2)
+                share = budget.limit / max(median(values), 0.1 * budget.limit) * (1 - CLOSE / 2)
                 wanted[place] = replace(wanted[place], limit=wanted[place].limit * min(1.1, max(0.7, share)))
     if not good:
         limits = ", ".join(f"{budget.name} at {budget.limit:.6g} {budget.unit}" for budget in budgets)

@@ -271,7 +271,7 @@ def test_a_search_with_gates_keeps_its_budget_and_hands_over_what_it_found(optio
     """Real digits, from the search to the file that onnxruntime runs."""
     torch.manual_seed(0)
     digits = bn.data.load("digits").subset(512, seed=0)
-    searching = bn.SearchOptions(epochs=6, candidates=2, validate_every=3)
+    searching = bn.SearchOptions(epochs=10, candidates=2, validate_every=3)
     found = bn.search(small_resnet(**options), digits, ["macs<=70%"], searching, out=tmp_path / "run")
     result = found.result
     assert result["budgets"][0]["met"]
