@@ -158,10 +158,7 @@ class LatencyModel:
 
     def measure(self, kept: Tensor, *, calls: int = 200) -> list[Measured]:
         """What the extracted networks of `(n, G)` architectures take, in turns on this machine."""
-        ways = [self.assembler.whole(row[None]) for row in kept]
-        *timings, yard = self.assembler.times([*ways, self.assembler.yardstick()], calls)
-        self._look_at(yard.quantile(0.5), float(np.mean([timing.disturbed for timing in timings])))
-        return [Measured(timing.quantile(self.share), *timing.interval(self.share)) for timing in timings]
+        return self._measured(kept, calls)[0]
 
     def refit(self, kept: Tensor, *, judge: bool = True) -> None:
         """Measures the networks of `(n, G)` architectures and fits the weights to all measured so far.
@@ -171,7 +168,8 @@ class LatencyModel:
             judge: take the prediction's error from these, before it knows them.
         """
         used = self.network.used(kept)
-        seen = [one.value / self.speed for one in self.measure(kept, calls=WHOLE_CALLS)]
+        found, speed = self._measured(kept, WHOLE_CALLS)
+        seen = [one.value / speed for one in found]
         before = self(used).tolist() if judge else []
         parts = torch.stack([part(used) for part in self.parts.values()], dim=1).tolist()
         self.table.networks += [
@@ -193,23 +191,36 @@ class LatencyModel:
         """The whole networks in the table that are of this space."""
         return [(parts, seen) for parts, seen in self.table.networks if set(parts) == set(self.parts)]
 
+    def _measured(self, kept: Tensor, calls: int) -> tuple[list[Measured], float]:
+        """What networks take, and how slow the machine was meanwhile."""
+        ways = [self.assembler.whole(row[None]) for row in kept]
+        *timings, yard = self.assembler.times([*ways, self.assembler.yardstick()], calls)
+        speed = self._look_at(yard.quantile(0.5), float(np.mean([timing.disturbed for timing in timings])))
+        return [Measured(timing.quantile(self.share), *timing.interval(self.share)) for timing in timings], speed
+
     def _read(self) -> None:
         """Takes up the table's file where there is one, and looks how fast the machine is now."""
         setting = Setting.here(self.cost.runtime, self.cost.threads, self.cost.batch, self.cost.device)
         timing = self.assembler.times([self.assembler.yardstick()], 200)[0]
         now, path = timing.quantile(0.5), Path(self.cost.table)
         self.table = Timetable.load(path, setting) if self.cost.table and path.is_file() else Timetable(setting, now)
-        self.speed = 1.0  # this machine's time over the table's
+        self.speeds: list[float] = []
         self._look_at(now, timing.disturbed)
-        if not 1 / SLOWER < now / self.table.yardstick < SLOWER:
-            self.speed = now / self.table.yardstick
 
-    def _look_at(self, yardstick: float, disturbed: float) -> None:
+    @property
+    def speed(self) -> float:
+        """Time here over that of the table, as it mostly was since the network was bound."""
+        return float(np.median(self.speeds))
+
+    def _look_at(self, yardstick: float, disturbed: float) -> float:
+        """Notes the state of the machine; how slow it is now."""
         ratio = yardstick / self.table.yardstick
+        self.speeds.append(ratio)
         if ratio > SLOWER:
-            self.notes["slower"] = f"the machine is {ratio:.2f} times as slow as when the modules were timed"
+            self.notes["slower"] = f"the machine was {ratio:.2f} times as slow as when the modules were timed"
         if disturbed > NOISY:
             self.notes["noisy"] = f"the machine is noisy: other jobs interrupted {100 * disturbed:.0f} % of the calls"
+        return ratio
 
     def _time_modules(self) -> None:
         """Times each kind of module that the table does not have yet."""
