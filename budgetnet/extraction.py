@@ -139,3 +139,8 @@ def count(network: fx.GraphModule, example: Tensor) -> dict[str, int]:
         "macs": int(counter.get_total_flops()) // 2 + additions,
         "params": sum(value.numel() for value in network.parameters()),
     }
+
+
+def held_bytes(network: nn.Module) -> int:
+    """Bytes of what a network holds: parameters and buffers."""
+    return sum(value.numel() * value.element_size() for value in network.state_dict().values())

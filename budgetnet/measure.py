@@ -17,6 +17,7 @@ from budgetnet.costs import Latency
 from budgetnet.costs.measured import MeasuredModel
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import file_latency, load, load_program
+from budgetnet.extraction import held_bytes
 from budgetnet.supernet import SuperNetwork
 
 FILE_COSTS = {"macs": "MAC", "params": "parameter", "memory": "B", "latency": "ms"}
@@ -95,7 +96,11 @@ def _count_pt2(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
         if node.op == "call_function" and node.target == torch.ops.aten.add.Tensor
     )
     params = sum(value.numel() for value in program.parameters())
-    return shape, {"macs": int(counter.get_total_flops()) // 2 + additions, "params": params, "memory": _memory(module)}
+    return shape, {
+        "macs": int(counter.get_total_flops()) // 2 + additions,
+        "params": params,
+        "memory": held_bytes(module),
+    }
 
 
 def _count_onnx(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
@@ -121,7 +126,3 @@ def _count_onnx(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
     floats = [tensor for tensor in graph.initializer if tensor.data_type != onnx.TensorProto.INT64]
     params = sum(prod(tensor.dims) for tensor in floats)
     return shapes[inputs[0].name][1:], {"macs": macs, "params": params, "memory": 4 * params}
-
-
-def _memory(network: Any) -> int:
-    return sum(value.numel() * value.element_size() for value in network.state_dict().values())
