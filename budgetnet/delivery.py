@@ -22,7 +22,7 @@ from budgetnet.data import Batches, Dataset
 from budgetnet.errors import FileError
 from budgetnet.evaluation import recalibrate
 from budgetnet.export import difference, export, file_latency, load
-from budgetnet.extraction import count, extract, fold_batch_norm, held_bytes
+from budgetnet.extraction import count, extract, fold_batch_norm, state_bytes
 from budgetnet.inference import Inference, exit_table, fitting_threshold, observe
 from budgetnet.runs import RunFolder, load_tensors
 from budgetnet.session import Session
@@ -111,7 +111,7 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
             "budgets": [entry(budget, kept, used) for budget in session.budgets],
             "network": {
                 **count(plain, x[:1]),
-                "memory": held_bytes(folded),
+                "memory": state_bytes(folded),
                 "latency_ms": {**timing, "runtime": "onnxruntime", "threads": 1, "batch": 1},
             },
             "validation": validation,
@@ -163,7 +163,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
             "network": {
                 "macs": expected["macs"],
                 "params": int(Params().bind(network)(whole)[0]),
-                "memory": held_bytes(plain),
+                "memory": state_bytes(plain),
                 "latency_ms": {**file_latency(path, x[:1]), "runtime": "onnxruntime", "threads": 1, "batch": 1},
             },
             "validation": seen.quality,

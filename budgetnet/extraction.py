@@ -141,6 +141,6 @@ def count(network: fx.GraphModule, example: Tensor) -> dict[str, int]:
     }
 
 
-def held_bytes(network: nn.Module) -> int:
+def state_bytes(network: nn.Module) -> int:
     """Bytes of what a network holds: parameters and buffers."""
     return sum(value.numel() * value.element_size() for value in network.state_dict().values())

@@ -17,7 +17,7 @@ from budgetnet.costs import Latency
 from budgetnet.costs.measured import MeasuredModel
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import file_latency, load, load_program
-from budgetnet.extraction import held_bytes
+from budgetnet.extraction import state_bytes
 from budgetnet.supernet import SuperNetwork
 
 FILE_COSTS = {"macs": "MAC", "params": "parameter", "memory": "B", "latency": "ms"}
@@ -99,7 +99,7 @@ def _count_pt2(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
     return shape, {
         "macs": int(counter.get_total_flops()) // 2 + additions,
         "params": params,
-        "memory": held_bytes(module),
+        "memory": state_bytes(module),
     }
 
 
