@@ -4,7 +4,8 @@
 
 For each space the table is built as a search builds it (its whole networks are other ones), then `--networks` random
 architectures are predicted and measured in turns in one process. MACs are scaled to milliseconds by the factor that
-fits best. Then `--again` of them are measured in a new process each: how many medians lie within 5 %.
+fits best. Then `--again` of them are measured in a new process each: how many medians lie within 5 %, in milliseconds
+and as a multiple of a fixed network's, timed in turns with them on either side: a machine may change its speed.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import budgetnet as bn
+from budgetnet.assembly import YARD, YARDSTICK
 from budgetnet.costs import Latency, MACs
 from budgetnet.costs.latency import LatencyModel, widely
-from budgetnet.export import export, file_latency
+from budgetnet.export import export, onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
+from budgetnet.timing import interleaved
 
 SPACES: dict[str, Callable[[], bn.SuperNetwork]] = {
     "fabric of width 3": lambda: bn.spaces.resnet_fabric(width=3),
@@ -45,11 +49,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.measure:
-        shape = json.loads(Path(arguments.measure).with_suffix(".json").read_text())
-        print(file_latency(arguments.measure, torch.randn(*shape))["median"])
+        print(*medians(Path(arguments.measure)))
         return
-    print("| space | runtime | rank correlation | median error | of MACs: rank correlation | median error | again |")
-    print("|---|---|---|---|---|---|---|")
+    print("| space | runtime | rank correlation | median error | of MACs: rank correlation | median error | again, ms "
+          "| again, multiple |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
     for name in arguments.spaces:
         for runtime in arguments.runtimes:
             print(f"| {name} | {runtime} | {row(SPACES[name](), runtime, arguments)} |", flush=True)
@@ -67,25 +71,42 @@ def row(space: bn.SuperNetwork, runtime: str, arguments: argparse.Namespace) -> 
     scaled = macs * np.dot(macs, seen) / np.dot(macs, macs)
     parts = [f"{rank_correlation(guess, seen):.3f} | {100 * np.median(np.abs(guess / seen - 1)):.1f} %" for guess in
              (predicted, scaled)]  # fmt: skip
-    return " | ".join([*parts, again(space, model, arguments.again) if runtime == "onnxruntime" else ""])
+    return " | ".join([*parts, again(space, model, arguments.again) if runtime == "onnxruntime" else " | "])
 
 
 def again(space: bn.SuperNetwork, model: LatencyModel, count: int) -> str:
-    """Of so many architectures, how many take within 5 % in a process of their own what was measured here."""
+    """Of so many architectures, how many take within 5 % in a process of their own what was measured here.
+
+    In milliseconds, and as a multiple of what the yardstick takes.
+    """
     kept = widely(space, count + 1, torch.Generator().manual_seed(2))[1:]
-    near = 0
+    near = [0, 0]
     with tempfile.TemporaryDirectory() as folder:
+        export(YARDSTICK, Path(folder) / "yardstick.onnx", torch.zeros(1, *YARD))
         for place, row in enumerate(kept):
             file = Path(folder) / f"{place}.onnx"
             example = torch.zeros(model.cost.batch, *space.input_shape)
             export(fold_batch_norm(extract(space, row[None])), file, example)
-            file.with_suffix(".json").write_text(json.dumps(list(example.shape)))
-            here = model.measure(row[None])[0].value
+            file.with_suffix(".json").write_text(json.dumps([list(example.shape), [1, *YARD]]))
+            ways = [model.assembler.whole(row[None]), model.assembler.yardstick()]
+            here, yard = (timing.quantile(0.5) for timing in model.assembler.times(ways, 200))
             done = subprocess.run(
                 [sys.executable, __file__, "--measure", str(file)], capture_output=True, text=True, check=True
             )
-            near += abs(float(done.stdout.split()[-1]) / here - 1) <= 0.05
-    return f"{near} of {count}"
+            there, other = map(float, done.stdout.split()[-2:])
+            near[0] += abs(there / here - 1) <= 0.05
+            near[1] += abs((there / other) / (here / yard) - 1) <= 0.05
+    return " | ".join(f"{each} of {count}" for each in near)
+
+
+def medians(file: Path) -> list[float]:
+    """Milliseconds of an exported file and of the yardstick beside it, in turns."""
+    ways = []
+    for path, shape in zip((file, file.parent / "yardstick.onnx"), json.loads(file.with_suffix(".json").read_text()),
+                           strict=True):  # fmt: skip
+        session, example = onnx_session(str(path), 1), np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        ways.append(partial(session.run, None, {session.get_inputs()[0].name: example}))
+    return [timing.quantile(0.5) for timing in interleaved(ways, calls=200)]
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
