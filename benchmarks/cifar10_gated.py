@@ -4,8 +4,9 @@
     python benchmarks/cifar10_gated.py --data cifar10 --seeds 0 1 2 --out runs/cifar10_gated
 
 Every row sees the same images in the same number of epochs on one learning-rate curve. A row that is kept in --rows
-already is not trained again, so that the table can be filled in several sittings; accuracies and MACs compare across
-machines, seconds and latencies only within one. Prints one Markdown table.
+already is not trained again, so that the table can be filled in several sittings; accuracies, MACs and ratios of
+latencies, each taken beside the dense network's, compare across machines, seconds only within one. Prints one Markdown
+table.
 """
 
 from __future__ import annotations
@@ -31,8 +32,19 @@ from budgetnet.selection import trimmed
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 COMMON = {"validate_every": 10, "candidates": 4, "recalibration": 20}
 ROWS = Path(__file__).parent / "results" / "cifar10_gated"
+TIMED = 64
+"""Test images that latency is measured on."""
 RANDOM = tuple(f"random {number}" for number in range(1, 6))
-KINDS = ("pruned", "conditional", "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
+GATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "pruned": ({}, {}),
+    "conditional": ({"conditional": True}, {}),
+    "conditional layers": ({"conditional": True, "gates": "layers"}, {}),
+    "layers": ({"gates": "layers"}, {}),
+    "blocks and eights": ({"gates": "both", "granularity": 8}, {}),
+    "per-gate loss": ({}, {"penalty": "per-gate"}),
+}
+"""What is searched: options of the space, and of the search."""
+KINDS = (*GATED, "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
 DENSE_EPOCHS = 2 / 3
 """Share of the epochs that the pruners train the dense network for; the rest follows the pruning."""
 
@@ -84,10 +96,11 @@ class Row:
         self, kind: str, target: int, seed: int, data: bn.data.Dataset, arguments: argparse.Namespace, folder: Path
     ) -> None:
         self.kind, self.target, self.seed, self.data, self.folder = kind, target, seed, data, folder
-        self.rows = arguments.rows
+        self.rows, self.test = arguments.rows, Batches(data.test, batch_size=128, shuffle=False)
         self.before = 0.0
         self.options = bn.SearchOptions(epochs=arguments.epochs, seed=seed, **COMMON)
-        self.searched = bn.SearchOptions(**{"epochs": arguments.epochs, "seed": seed} | COMMON | arguments.options)
+        own = GATED.get(kind, ({}, {}))[1] | arguments.options
+        self.searched = bn.SearchOptions(**{"epochs": arguments.epochs, "seed": seed} | COMMON | own)
         with torch.device("meta"):
             dense = peers.macs(peers.ResNet20(), EXAMPLE)
         self.limit = dense * target / 100
@@ -96,13 +109,13 @@ class Row:
         """Trains it, and says what came out."""
         torch.manual_seed(self.seed)
         started = time.monotonic()
-        if self.kind in ("pruned", "conditional", "found shape", *RANDOM):
+        if self.kind in (*GATED, "found shape", *RANDOM):
             network, extra = self.gated()
         else:
             network, extra = getattr(self, self.kind.replace("-", "_"))(), {}
         seconds = time.monotonic() - started + self.before
-        measured = peers.measure(network, EXAMPLE, 1)
-        accuracy = extra.pop("accuracy", None) or self.accuracy(network)
+        measured = peers.measure(network, next(iter(self.test.epoch(0)))[0][:TIMED], peers.resnet20())
+        accuracy = extra.pop("accuracy") if "accuracy" in extra else self.accuracy(network)
         return {
             "kind": self.kind,
             "target": self.target,
@@ -116,10 +129,10 @@ class Row:
 
     def gated(self) -> tuple[nn.Module, dict[str, Any]]:
         """The rows that budgetnet trains: searched, found, or drawn at random."""
-        space = bn.spaces.resnet(depth=20, conditional=self.kind == "conditional")
+        space = bn.spaces.resnet(depth=20, **GATED.get(self.kind, ({}, {}))[0])
         budget = bn.Budget(bn.costs.MACs(), at_most=f"{self.target}%")
         run = self.folder / "run"
-        if self.kind in ("pruned", "conditional"):
+        if self.kind in GATED:
             found = bn.search(space, self.data, [budget], self.searched, out=run, resume=True)
         else:
             if self.kind == "found shape":
@@ -127,19 +140,19 @@ class Row:
             else:
                 shape = random_shape(space, self.target / 100, 10 * self.seed + int(self.kind.split()[1]))
             found = bn.search(space, self.data, [], self.options, architecture=shape, out=run, resume=True)
-        extra: dict[str, Any] = {"accuracy": found.result["test"]["accuracy"]}
-        if self.kind in ("pruned", "conditional"):
+        extra: dict[str, Any] = {"accuracy": found.result["test"]["accuracy"], "macs": found.result["network"]["macs"]}
+        if self.kind in GATED:
             extra |= {"polarised": polarised(run), "budget": found.result["budgets"]}
-            architecture = self.rows / f"{self.kind}-{self.target}-seed{self.seed}.architecture.json"
+        if self.kind == "pruned":
+            architecture = self.rows / f"pruned-{self.target}-seed{self.seed}.architecture.json"
             architecture.write_bytes((run / "architecture.json").read_bytes())
         return found.network(), extra
 
     def accuracy(self, network: nn.Module) -> float:
         """On the test images, looked at once."""
-        batches = Batches(self.data.test, batch_size=self.options.batch_size, shuffle=False)
         device = next(network.parameters()).device
         network.eval()
-        examples = ((x.to(device), y.to(device)) for x, y in batches.epoch(0))
+        examples = ((x.to(device), y.to(device)) for x, y in self.test.epoch(0))
         return evaluate(network, examples, classes=self.data.num_classes)["accuracy"]
 
     def dense(self) -> nn.Module:
@@ -205,20 +218,23 @@ def polarised(run: Path) -> float:
 
 
 def print_table(table: dict[tuple[int, str], list[dict[str, Any]]]) -> None:
-    """Test accuracy in percent: mean over the seeds, smallest to largest."""
-    print(f"\nthreads {torch.get_num_threads()}, cores {os.cpu_count()}, batch 1 latency in onnxruntime, one thread")
-    print("\n| target | network | test accuracy (min to max) | seeds | MACs | latency ms | seconds | polarised |")
-    print("|---|---|---|---|---|---|---|---|")
+    """Test accuracy in percent: mean over the seeds, smallest to largest; latencies over the dense network's."""
+    ways = [f"{runtime} {batch}" for runtime in ("torch", "onnxruntime") for batch in (1, 64)]
+    print(f"\nthreads {torch.get_num_threads()}, cores {os.cpu_count()}, latency / dense latency on one thread (batch)")
+    print(
+        f"\n| target | network | test accuracy (min to max) | seeds | MACs | {' | '.join(ways)} | seconds | polarised |"
+    )
+    print("|---" * (len(ways) + 7) + "|")
     for (target, kind), rows in sorted(table.items(), key=lambda item: -item[0][0]):
         accuracy = [100 * row["accuracy"] for row in rows]
         spread = f"{statistics.mean(accuracy):.2f} ({min(accuracy):.2f} to {max(accuracy):.2f})"
         macs, seconds = (statistics.mean(row[key] for row in rows) for key in ("macs", "seconds"))
-        latency = statistics.mean(row["onnxruntime_ms"]["median"] for row in rows)
+        found = [[row["latency"][way]["ratio"] for row in rows if way in row["latency"]] for way in ways]
+        cells = " | ".join(f"{statistics.mean(ratios):.2f}" if ratios else "" for ratios in found)
         share = statistics.mean(row["polarised"] for row in rows) if "polarised" in rows[0] else None
         shown = "" if share is None else f"{100 * share:.0f} %"
         print(
-            f"| {target} % | {kind} | {spread} | {len(rows)} | {macs / 1e6:.2f} M "
-            f"| {latency:.2f} | {seconds:.0f} | {shown} |"
+            f"| {target} % | {kind} | {spread} | {len(rows)} | {macs / 1e6:.2f} M | {cells} | {seconds:.0f} | {shown} |"
         )
 
 

@@ -18,7 +18,8 @@ import io
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,13 +30,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import budgetnet as bn
 from budgetnet.blocks import initialise
+from budgetnet.conditional import ConditionalNetwork, export_conditional
 from budgetnet.data import Batches
 from budgetnet.errors import ConfigError, DivergenceError, UnreachableBudget
 from budgetnet.evaluation import evaluate
-from budgetnet.export import export, latency, load
+from budgetnet.export import export, load
 from budgetnet.gated import memory_format
 from budgetnet.objectives import example_losses
 from budgetnet.options import resolve_device, resolve_precision
+from budgetnet.timing import interleaved
 
 WIDTH = (16, 32, 64)
 """Channels of the three stages."""
@@ -295,37 +298,69 @@ def fastnas(
     return _checked(found, network, example, limit_macs)
 
 
-def measure(network: nn.Module, example: Tensor, batch: int, *, runs: int = 50) -> dict[str, Any]:
-    """What a network costs: MACs and parameters, and milliseconds for a batch on one thread of the CPU.
+def measure(
+    network: nn.Module, images: Tensor, beside: nn.Module, *, batches: Sequence[int] = (1, 64), calls: int = 32
+) -> dict[str, Any]:
+    """What a network costs: MACs and parameters, and its milliseconds beside another's, in turns, on one thread.
 
     Args:
         network: stays as it is.
-        example: `(1, C, H, W)`.
-        batch: examples that are timed together.
-        runs: timed calls.
+        images: `(B, C, H, W)` real ones, as what gates close depends on them; the last B are timed.
+        beside: what its times are ratios to.
+        batches: images that are run together; each has to divide B.
+        calls: timed calls at least, each of which passes over all images, or over 16 one by one.
 
     Returns:
-        `{"macs", "params", "torch_ms", "onnxruntime_ms"}`, the last two `{"median", "p10", "p90"}` in float32:
-        torch as in evaluation, channels last and no layers merged; onnxruntime with all its own optimisations.
+        `{"macs", "params", "latency"}`, the last `{"torch 64": {"ms": a call's median, "ratio": to beside's}, ...}` in
+        float32: torch as in evaluation, channels last and no layers merged; onnxruntime with all its own
+        optimisations, of conditional networks one by one alone.
     """
-    plain = copy.deepcopy(network).cpu().float().to(memory_format=torch.channels_last).eval()
-    x = example.detach().cpu().float().expand(batch, -1, -1, -1)
-    last = x.contiguous(memory_format=torch.channels_last)
+    plain, other = (
+        copy.deepcopy(each).cpu().float().to(memory_format=torch.channels_last).eval() for each in (network, beside)
+    )
+    images = images.detach().cpu().float()
+    found: dict[str, dict[str, float]] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        torch_ms = latency(plain, last, calls=runs)
+        with tempfile.TemporaryDirectory() as folder:
+            for batch in batches:
+                inputs = (images[:16] if batch == 1 else images).split(batch)
+                last = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+                found[f"torch {batch}"] = _beside(plain, other, last, calls)
+                if batch > 1 and isinstance(network, ConditionalNetwork):
+                    continue
+                runs = [load(_exported(each, Path(folder) / f"{place}.onnx", images), threads=1)
+                        for place, each in enumerate((plain, other))]  # fmt: skip
+                found[f"onnxruntime {batch}"] = _beside(*runs, inputs, calls)
     finally:
         torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        exported = load(export(plain, Path(folder) / "network.onnx", example), threads=1)
-        onnxruntime_ms = latency(exported, x.contiguous(), calls=runs)
     return {
-        "macs": macs(plain, example),
+        "macs": macs(plain, images[:1]),
         "params": sum(value.numel() for value in plain.parameters()),
-        "torch_ms": torch_ms,
-        "onnxruntime_ms": onnxruntime_ms,
+        "latency": found,
     }
+
+
+@torch.no_grad()
+def _beside(
+    run: Callable[[Tensor], object], other: Callable[[Tensor], object], inputs: Sequence[Tensor], calls: int
+) -> dict[str, float]:
+    """Median milliseconds of a call, and the ratio to the other's."""
+    ways = [partial(_all, each, inputs) for each in (run, other)]
+    mine, theirs = (timing.quantile(0.5) for timing in interleaved(ways, calls=calls))
+    return {"ms": mine / len(inputs), "ratio": mine / theirs}
+
+
+def _all(run: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> None:
+    for x in inputs:
+        run(x)
+
+
+def _exported(network: nn.Module, path: Path, images: Tensor) -> Path:
+    if isinstance(network, ConditionalNetwork):
+        return export_conditional(network, path, images[:4])
+    return export(network, path, images[:1])
 
 
 @torch.no_grad()

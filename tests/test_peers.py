@@ -13,6 +13,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import budgetnet as bn
+from budgetnet.conditional import conditional
 from budgetnet.data import Augmentation, Batches, Dataset, Split
 from budgetnet.errors import ConfigError, DivergenceError, UnreachableBudget
 from budgetnet.evaluation import evaluate
@@ -122,13 +123,21 @@ def test_training_stops_where_the_loss_is_not_finite(data):
         peers.train(network, data, SMALL, 0, 1)
 
 
-def test_measures_a_network_and_leaves_it_as_it_is():
-    network = peers.resnet20((4, 4, 4))
-    measured = peers.measure(network, torch.zeros(1, 3, 8, 8), 3, runs=2)
-    assert measured["macs"] == peers.macs(network, torch.zeros(1, 3, 8, 8))
+def test_measures_a_network_beside_another_and_leaves_both_as_they_are():
+    network, other, images = peers.resnet20((4, 4, 4)), peers.resnet20((32, 32, 32)), torch.randn(8, 3, 16, 16)
+    measured = peers.measure(network, images, other, batches=(1, 8), calls=8)
+    assert measured["macs"] == peers.macs(network, images[:1])
     assert measured["params"] == sum(value.numel() for value in network.parameters())
-    assert all(measured[runtime][kind] > 0 for runtime in ("torch_ms", "onnxruntime_ms") for kind in ("median", "p90"))
-    assert all(part.training for part in network.modules())
+    assert set(measured["latency"]) == {"torch 1", "onnxruntime 1", "torch 8", "onnxruntime 8"}
+    assert all(0 < found["ratio"] < 1 and found["ms"] > 0 for found in measured["latency"].values())
+    assert all(part.training for each in (network, other) for part in each.modules())
+
+
+def test_measures_a_conditional_network_one_by_one_where_its_file_takes_no_more():
+    space = bn.spaces.resnet(depth=8, channels=4, image_size=16, gates="layers", conditional=True).eval()
+    plain, images = conditional(space, None), torch.randn(8, 3, 16, 16)
+    measured = peers.measure(plain, images, plain, batches=(1, 8), calls=8)
+    assert set(measured["latency"]) == {"torch 1", "onnxruntime 1", "torch 8"}
 
 
 def test_a_missing_package_is_said_in_one_line(data, monkeypatch):
