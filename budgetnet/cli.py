@@ -127,12 +127,16 @@ def measure_command(arguments: list[str]) -> None:
     space = target if target in spaces.BY_NAME or ":" in target else ""
     own, rest = _take(rest, "--space", "")
     parser = _parser("measure", "Prints what a space, a run or a file costs.", space, "RUN|FILE.onnx|FILE.pt2|SPACE")
-    parser.add_argument("--costs", type=str | None, default=None, help="macs,macs:paper,params,steps:2,memory,latency")
+    parser.add_argument(
+        "--costs", type=str | None, default=None, help="macs,macs:paper,params,steps:2,memory:params,latency"
+    )
     parser.add_argument(
         "--architecture", type=str | None, default=None, help="a sub-network: a name or an architecture.json"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(rest)
+    if own and not Path(target).is_dir():
+        raise ConfigError(f"--space says what space of your own a run folder is of, got {own!r} beside {target!r}")
     asked = [text.strip() for text in re.split(r",(?![^\[]*\])", given.costs)] if given.costs else []
     if space:
         network = _build(space, given, rest, {})

@@ -111,7 +111,7 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
             "budgets": [entry(budget, kept, used) for budget in session.budgets],
             "network": {
                 **count(plain, x[:1]),
-                "memory": state_bytes(folded),
+                "memory:params": state_bytes(folded),
                 "latency_ms": {**timing, "runtime": "onnxruntime", "threads": 1, "batch": 1},
             },
             "validation": validation,
@@ -163,7 +163,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
             "network": {
                 "macs": expected["macs"],
                 "params": int(Params().bind(network)(whole)[0]),
-                "memory": state_bytes(plain),
+                "memory:params": state_bytes(plain),
                 "latency_ms": {**file_latency(path, x[:1]), "runtime": "onnxruntime", "threads": 1, "batch": 1},
             },
             "validation": seen.quality,

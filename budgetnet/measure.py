@@ -20,8 +20,8 @@ from budgetnet.export import file_latency, load, load_program
 from budgetnet.extraction import state_bytes
 from budgetnet.supernet import SuperNetwork
 
-FILE_COSTS = {"macs": "MAC", "params": "parameter", "memory": "B", "latency": "ms"}
-"""What can be measured of an exported file: memory is its parameters' bytes, latency a median at batch 1, 1 thread."""
+FILE_COSTS = {"macs": "MAC", "params": "parameter", "memory:params": "B", "latency": "ms"}
+"""What can be measured of an exported file: latency is a median at batch 1, 1 thread."""
 
 
 def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _count_pt2(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
     return shape, {
         "macs": int(counter.get_total_flops()) // 2 + additions,
         "params": params,
-        "memory": state_bytes(module),
+        "memory:params": state_bytes(module),
     }
 
 
@@ -125,4 +125,4 @@ def _count_onnx(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
     inputs = [value for value in graph.input if value.name not in weights]
     floats = [tensor for tensor in graph.initializer if tensor.data_type != onnx.TensorProto.INT64]
     params = sum(prod(tensor.dims) for tensor in floats)
-    return shapes[inputs[0].name][1:], {"macs": macs, "params": params, "memory": 4 * params}
+    return shapes[inputs[0].name][1:], {"macs": macs, "params": params, "memory:params": 4 * params}

@@ -51,7 +51,7 @@ def test_a_search_prints_its_result_and_writes_the_run(told):
     assert promised | {"equivalence"} <= set(result)
     assert set(result["budgets"][0]) >= {"cost", "unit", "limit", "value", "met"}
     assert {"macs", "params"} <= set(result["full"])
-    assert {"macs", "params", "memory", "latency_ms"} <= set(result["network"])
+    assert {"macs", "params", "memory:params", "latency_ms"} <= set(result["network"])
     assert set(result["network"]["latency_ms"]) >= {"median", "p10", "p90", "runtime", "threads", "batch"}
     assert "accuracy" in result["validation"]
     assert "accuracy" in result["test"]
@@ -76,17 +76,17 @@ def test_the_budget_is_kept_and_counted_alike(told):
 @pytest.mark.parametrize("name", ["network.onnx", "network.pt2"])
 def test_a_file_costs_what_the_run_says(name, runs, say):
     result = json.loads((runs.finished / "result.json").read_text())["network"]
-    measured = say("measure", runs.finished / name, "--costs", "macs,params,memory")
-    assert measured["units"] == {"macs": "MAC", "params": "parameter", "memory": "B"}
+    measured = say("measure", runs.finished / name, "--costs", "macs,params,memory:params")
+    assert measured["units"] == {"macs": "MAC", "params": "parameter", "memory:params": "B"}
     assert measured["costs"]["macs"] == result["macs"]
     assert measured["costs"]["params"] < result["params"]  # batch norms are folded into their convolutions
-    assert measured["costs"]["memory"] == result["memory"] == 4 * measured["costs"]["params"]
+    assert measured["costs"]["memory:params"] == result["memory:params"] == 4 * measured["costs"]["params"]
 
 
 def test_a_run_costs_what_it_says(runs, say):
     result = json.loads((runs.finished / "result.json").read_text())["network"]
     costs = say("measure", runs.finished, "--costs", "macs,params,memory:params")["costs"]
-    assert costs == {"macs": result["macs"], "params": result["params"], "memory:params": result["memory"]}
+    assert costs == {"macs": result["macs"], "params": result["params"], "memory:params": result["memory:params"]}
     both = [
         say("measure", runs.finished, *more) for more in ([], ["--architecture", runs.finished / "architecture.json"])
     ]

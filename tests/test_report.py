@@ -132,7 +132,7 @@ def folder(path: Path, *, value: float = VALUE, finished: bool = True, mark: str
         "space": "fabric", "data": "digits", "seed": 7, "images_seen": 12933, "seconds": 3805.0,
         "budgets": [{"cost": "macs", "unit": "MAC" + mark, "limit": LIMIT, "value": value, "met": value <= LIMIT}],
         "full": {"macs": FULL, "params": 750_000},
-        "network": {"macs": value, "params": 120_000, "memory": 500_000,
+        "network": {"macs": value, "params": 120_000, "memory:params": 500_000,
                     "latency_ms": {"median": 1.234, "p10": 1.1, "p90": 1.5, "runtime": "onnxruntime" + mark,
                                    "threads": 1, "batch": 1}},
         "validation": {"accuracy": 0.979}, "test": {"accuracy": 0.986},

@@ -241,7 +241,9 @@ def same_end(folder: Path, expected: Path) -> None:
     for key in ("budgets", "candidates", "network", "validation", "test", "images_seen"):
         ours, theirs = (result[key] for result in results)
         if key == "network":
-            ours, theirs = ({name: part[name] for name in ("macs", "params", "memory")} for part in (ours, theirs))
+            ours, theirs = (
+                {name: part[name] for name in ("macs", "params", "memory:params")} for part in (ours, theirs)
+            )
         assert ours == theirs
     lines = [[{**line, "seconds": 0} for line in RunFolder(run).metrics()] for run in (folder, expected)]
     assert lines[0] == lines[1]

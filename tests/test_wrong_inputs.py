@@ -294,6 +294,7 @@ FILES = [
     Wrong(
         "a cost that a file does not have", "measure {tmp}/network.onnx --costs steps:2", written("network.onnx", "")
     ),
+    Wrong("the space of a run beside what is no run", "measure resnet_fabric --space conv_fabric"),
     Wrong("an architecture the space does not have", "measure conv_fabric --architecture resnet"),
     Wrong("a folder that is no run", "measure {tmp}"),
     Wrong(

@@ -171,7 +171,7 @@ def evidence(run: Run) -> list[tuple[str, str]]:
     for cost, unit, name in (
         ("macs", "MAC", "MACs"),
         ("params", "parameter", "Parameters"),
-        ("memory", "byte", "Memory"),
+        ("memory:params", "byte", "Bytes of weights"),
     ):
         if cost in run.result.network:
             value, full = run.result.network[cost], run.result.full.get(cost)
