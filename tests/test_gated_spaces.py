@@ -509,6 +509,22 @@ def test_channels_of_a_densenet(options: dict[str, Any], channels: tuple[int, ..
     assert [shapes[name][1] for name in ("stem", "d0", "d1", "d2")] == [32, 32, 16, 8]
 
 
+def test_gates_of_exits_that_look_at_less_take_fewer_macs():
+    def of_gates(pool: int) -> float:
+        spaces = [densenet_exits(depth=10, exit_channels=4, exit_pool=pool, conditional=each) for each in (True, False)]
+        with_gates, without = (MACs().bind(space)(space.used(space.architecture("full"))) for space in spaces)
+        return float(with_gates - without)
+
+    def convolutions(pool: int, channels: list[int]) -> int:
+        return sum(9 * 4 * (c + 4) * (side // pool) ** 2 for c, side in zip(channels, (32, 16), strict=True))
+
+    space = densenet_exits(depth=10, exit_channels=4)
+    channels = [space.shapes[space.graph.nodes.index(name)][0] for name in ("d0", "d1")]
+    linear = 2 * 2 * 4 * 16
+    assert of_gates(1) == convolutions(1, channels) + linear
+    assert of_gates(4) == convolutions(4, channels) + linear
+
+
 def test_exits_of_a_densenet():
     network = densenet_exits(depth=10, exit_channels=16, classes=7, image_size=(8, 16), in_channels=1)
     assert [network.edge_names[edge] for edge in network.exits] == ["d0.exit", "d1.exit"]
@@ -595,6 +611,7 @@ def test_measured_through_the_command_line(arguments: list[str], macs: int, caps
         ("densenet_exits", {"depth": 4}, r"depth must be 6n \+ 4 with bottlenecks, n >= 1, got 4"),
         ("densenet_exits", {"depth": 41, "bottleneck": False}, r"depth must be 3n \+ 4 without bottlenecks"),
         ("densenet_exits", {"growth": 0}, "growth must be a whole number >= 1, got 0"),
+        ("densenet_exits", {"exit_pool": 17}, "exit_pool must be at most half of the image's side 32, got 17"),
         ("densenet_exits", {"exit_channels": 0}, "exit_channels must be a whole number >= 1, got 0"),
         ("densenet_exits", {"reduction": 0}, r"reduction must be a number in \(0, 1\], got 0"),
         ("densenet_exits", {"reduction": 1.5}, r"reduction must be a number in \(0, 1\], got 1.5"),

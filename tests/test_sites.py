@@ -247,6 +247,18 @@ def test_each_conditional_gate_has_features_of_its_own_and_memory_shows_it_the_o
         assert bool(gradient[1].any()) == memory
 
 
+def test_exit_gates_may_look_at_averages_of_squares():
+    torch.manual_seed(0)
+    whole, pooled = ExitGates(3, hidden=4).eval(), ExitGates(3, hidden=4, pool=2).eval()
+    with torch.no_grad():
+        for ours, theirs in zip(pooled.parameters(), whole.parameters(), strict=True):
+            ours.copy_(theirs)
+    x = torch.randn(5, 3, 16, 16)
+    small = x.unflatten(3, (8, 2)).mean(dim=4).unflatten(2, (8, 2)).mean(dim=3)
+    torch.testing.assert_close(pooled(x), whole(small))
+    assert not torch.allclose(pooled(x), whole(x))
+
+
 def test_exit_gates_look_at_more_than_averages():
     torch.manual_seed(0)
     gates = ExitGates(3, hidden=4, start=-1.0).eval()

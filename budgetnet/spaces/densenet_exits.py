@@ -26,6 +26,7 @@ def densenet_exits(
     reduction: float = 0.5,
     bottleneck: bool = True,
     exit_channels: int = 128,
+    exit_pool: int = 1,
     conditional: bool = True,
     task: str = "classification",
 ) -> SuperNetwork:
@@ -43,6 +44,8 @@ def densenet_exits(
         reduction: share of the channels that a transition keeps, in (0, 1]; DenseNet-BC has 0.5, DenseNet 1.
         bottleneck: a 1x1 convolution to `4 growth` channels before each 3x3 one.
         exit_channels: of the convolutions in the exits' classifiers and gates; the papers' 128.
+        exit_pool: side of the squares that an exit's gate averages its features over first, at most half of the image's
+            side; 1 as in the paper, where the gates take more MACs than a small network saves by them.
         conditional: the exits' gates look at each example; False for gates that do not, of which one exit
             or none remains.
         task: "classification".
@@ -54,7 +57,11 @@ def densenet_exits(
     sections 5 and S1.5. The paper's 95.49 % is that of depth 100, growth 12 with bottlenecks.
     """
     options = dict(locals())
-    at_least(1, growth=growth, classes=classes, in_channels=in_channels, exit_channels=exit_channels)
+    at_least(1, growth=growth, classes=classes, in_channels=in_channels)
+    at_least(1, exit_channels=exit_channels, exit_pool=exit_pool)
+    shape = image_shape(in_channels, image_size, divisor=2 ** (BLOCKS - 1))
+    if 2 * exit_pool > min(shape[1:]):
+        raise ConfigError(f"exit_pool must be at most half of the image's side {min(shape[1:])}, got {exit_pool}")
     one_of("task", task, ("classification",))
     if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 0 < reduction <= 1:
         raise ConfigError(f"reduction must be a number in (0, 1], got {reduction!r}")
@@ -87,7 +94,7 @@ def densenet_exits(
                 module=exit_classifier(channels, classes, hidden=exit_channels),
                 name=f"{end}.exit",
                 kind="exit",
-                gate=partial(exit_gate, hidden=exit_channels) if conditional else None,
+                gate=partial(exit_gate, hidden=exit_channels, pool=exit_pool) if conditional else None,
                 exit=True,
             ),
             Edge(
@@ -105,7 +112,7 @@ def densenet_exits(
     edges.append(Edge(start=end, end="y", module=head, name="output", kind="output", fixed=True))
     return SuperNetwork(
         edges,
-        input_shape=image_shape(in_channels, image_size, divisor=2 ** (BLOCKS - 1)),
+        input_shape=shape,
         nodes=[*nodes, Node(name="y", position=(len(nodes), BLOCKS - 1), steps=0)],
         name="densenet_exits",
         options=options,
@@ -113,7 +120,7 @@ def densenet_exits(
     )
 
 
-def exit_gate(channels: int, count: int, *, hidden: int) -> nn.Module:
+def exit_gate(channels: int, count: int, *, hidden: int, pool: int) -> nn.Module:
     """What decides on an exit, its one gate."""
     assert count == 1
-    return ExitGates(channels, hidden=hidden)
+    return ExitGates(channels, hidden=hidden, pool=pool)
