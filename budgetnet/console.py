@@ -66,7 +66,8 @@ class Bars:
             parts.append(f"validation {name} {100 * line['validation'][name]:.2f} %")
         for budget in line["budgets"]:
             cost = budget["mode"] if budget["sampled"] is None else budget["sampled"]
-            parts.append(f"{budget['cost']} {100 * cost / budget['limit']:.0f} % of the limit")
+            price = "" if budget["price"] is None else f" at price {budget['price']:.2g}"  # 0 of one that does not bind
+            parts.append(f"{budget['cost']} {100 * cost / budget['limit']:.0f} % of the limit{price}")
         if line["entropy"] is not None:
             parts.append(f"entropy {line['entropy']:.2f}")
         self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)

@@ -102,12 +102,13 @@ class Session:
     def _sums(self, record: Record) -> Sums:
         counts = {key: record.whole(key) for key in ("images", "samples")}
         totals = {key: record.number(key) for key in ("loss", "right", "connected")}
-        lists = {key: list(record.numbers(key)) for key in ("costs", "opened")}
+        lists = {key: list(record.numbers(key)) for key in ("costs", "prices", "opened")}
         sums = Sums(**counts, **totals, **lists)  # type: ignore[arg-type]
         samples = self.options.sampled(self.train.batch_size) * self.batch if self.phase() == "search" else 0
-        expected = (self.train.batch_size * self.batch, samples, len(self.budgets) if samples else 0)
-        gates = self.network.gate_count if samples else 0
-        if (sums.images, sums.samples, len(sums.costs), len(sums.opened)) != (*expected, gates):
+        images = self.train.batch_size * self.batch
+        gates, budgets = (count if samples else 0 for count in (self.network.gate_count, len(self.budgets)))
+        found = (sums.images, sums.samples, len(sums.opened), len(sums.costs), len(sums.prices))
+        if found != (images, samples, gates, budgets, budgets):
             raise FileError(f"{record.file} must have sums over {self.batch} batches, got others")
         return sums
 
@@ -199,7 +200,10 @@ class Session:
             if searching
             else [None] * len(self.budgets)
         )
-        costs = [total / sums.samples for total in sums.costs] if searching else [None] * len(self.budgets)
+        costs, prices = (
+            [total / sums.samples for total in totals] if searching else [None] * len(self.budgets)
+            for totals in (sums.costs, sums.prices)
+        )
         self.write_architecture(kept)
         return {
             "epoch": self.epoch,
@@ -221,10 +225,10 @@ class Session:
                     "target": limit,
                     "sampled": cost,
                     "mode": float(budget.model(used)[0]),
-                    "price": price.value if searching else None,
+                    "price": price,
                     "error": budget.model.error if isinstance(budget.model, LearningModel) else None,
                 }
-                for budget, limit, cost, price in zip(self.budgets, limits, costs, self.learner.prices, strict=True)
+                for budget, limit, cost, price in zip(self.budgets, limits, costs, prices, strict=True)
             ],
         }
 

@@ -44,6 +44,7 @@ class Sums:
     samples: int = 0
     connected: float = 0.0
     costs: list[float] = field(default_factory=list)
+    prices: list[float] = field(default_factory=list)  # of each budget, what a sample's excess was worth
     opened: list[float] = field(default_factory=list)  # of each gate, in how many samples
 
 
@@ -141,10 +142,12 @@ class Steering:
             kept: `(K, G)` decisions, with a gradient under Gumbel.
             progress: share of the annealing that is over.
             epochs: since sampling began.
-            sums: costs and samples are added here.
+            sums: costs, prices and samples are added here.
             x: `(B, C, H, W)` the examples, for costs that depend on them.
         """
         network, pathwise = self.network, kept.requires_grad
+        asked = [len(kept) * price.value for price in self.prices]
+        sums.prices = [a + b for a, b in zip(sums.prices or [0.0] * len(asked), asked, strict=True)]
         used = network.pathwise(kept) if pathwise else network.used(kept)
         costs = [self._cost(budget, used, kept, x) for budget in self.budgets]
         direct = losses.mean()

@@ -148,6 +148,16 @@ def test_the_price_rises_while_the_samples_cost_too_much():
     assert one.prices[0].value == pytest.approx((one.options.integral + one.options.proportional) * over)
 
 
+def test_the_log_says_what_a_step_paid_for_each_budget():
+    one = learner("macs<=25%", "params<=100%")
+    one.begin_search()
+    first, paid = step(one), one.prices[0].value
+    second = step(one, seed=1)
+    assert first.prices == [0.0, 0.0]  # no price was known before
+    assert second.prices == [pytest.approx(second.samples * paid), 0.0]  # a limit that everything keeps has no price
+    assert paid > 0
+
+
 def test_a_loss_that_is_not_finite_changes_nothing():
     one = learner()
     before = weights(one)
