@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,7 +16,10 @@ from budgetnet.architectures import describe
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.report import write
 from budgetnet.report.architecture import Architecture
+from budgetnet.report.cuts import crossing, sides
 from budgetnet.report.figures import comparison
+from budgetnet.report.network import draw
+from budgetnet.report.page import picture
 from budgetnet.report.quantities import MISSING, SPACE, apart, duration, exact, percent, shape, si
 from budgetnet.report.records import Record
 from budgetnet.report.run import Run
@@ -398,6 +403,113 @@ def test_an_edge_shows_how_many_of_its_channels_are_left(tmp_path):
     for name, share in (("b1", 20 / 68), ("b2", 10 / 12)):
         assert float(drawn[name]["line"]) / float(drawn[name]["band"]) == pytest.approx(share, abs=1e-3)
     assert "those that are left, 30 of 96" in text
+
+
+def joined(*chosen: str) -> Architecture:
+    """x to a to b to y, and x to b beside it: an edge for each "START>END:KIND", used but to c and where it is gone."""
+    names, shapes = "xabcy", {"x": [1, 4, 4], "a": [6, 2, 2], "b": [2, 2, 2], "c": [2, 2, 2], "y": [5]}
+    nodes = [{"name": name, "position": [place, 0], "shape": shapes[name]} for place, name in enumerate(names)]
+    edges = [
+        {"name": edge, "source": names.index(edge[0]), "target": names.index(edge[2]), "kind": edge[4:],
+         "fixed": True, "kept": True, "used": "c" not in edge[:3] and edge[4:] != "gone", "probability": None,
+         "costs": {}}
+        for edge in chosen
+    ]  # fmt: skip
+    record = {"nodes": nodes, "edges": edges, "sites": []}
+    return Architecture.read(Record(record, "architecture.json"))
+
+
+WAYS = ("x>a:conv", "x>b:conv", "a>b:conv", "a>b:identity", "a>c:conv", "b>y:conv", "x>y:gone")
+
+
+@pytest.mark.parametrize(
+    ("device", "cloud", "carried", "marks"),
+    [
+        ((), "aby", {"x": ["x>a:conv", "x>b:conv"]}, ["64 B", "same"]),
+        (("x>a:conv",), "by", {"x": ["x>b:conv"], "a": ["a>b:conv", "a>b:identity"]}, ["64 B", "96 B"]),
+        # what has been added up so far is sent, and a for what is still to come; two edges side by side are one way
+        (("x>a:conv", "x>b:conv"), "by", {"b": ["x>b:conv"], "a": ["a>b:conv", "a>b:identity"]}, ["32 B", "96 B"]),
+        (WAYS[:3], "by", {"b": ["x>b:conv", "a>b:conv"], "a": ["a>b:identity"]}, ["32 B", "same", "96 B"]),
+        (WAYS[:4], "y", {"b": ["b>y:conv"]}, ["32 B"]),
+        (WAYS, "", {}, ["20 B sent"]),
+    ],
+)
+def test_what_crosses_a_cut_stands_on_the_edges_that_cross(
+    device: Sequence[str], cloud: str, carried: dict[str, list[str]], marks: list[str]
+):
+    """Four bytes a number; a value that two edges carry over is sent once."""
+    architecture = joined(*WAYS)
+    found = crossing(architecture, device)
+    assert {"xabcy"[node]: [WAYS[edge] for edge in edges] for node, edges in found.items()} == carried
+    assert sides(architecture, device) == [None if name == "c" else name in cloud for name in "xabcy"]
+    drawing = draw(architecture, device, ["y"])
+    assert sorted(mark.text.replace(SPACE, " ") for mark in drawing.marks) == sorted(marks)
+    assert sum(field.cloud for field in drawing.fields) == len(cloud)
+    assert len(drawing.fields) == 4
+    assert [label.text for label in drawing.labels if label.kind] == (["device", "cloud"] if cloud else ["device"])
+
+
+def test_an_identity_sends_on_what_it_read():
+    """The sum that has begun is then the value of a, which another edge carries over too."""
+    architecture = joined("x>a:conv", "a>b:identity", "a>b:conv", "b>y:conv")
+    assert crossing(architecture, ["x>a:conv", "a>b:identity"]) == {1: [2, 1]}
+
+
+def test_bytes_that_do_not_add_up_are_not_told():
+    """Where layers are narrowed a value is smaller than its layer; a single one is as large as all that is sent."""
+    architecture, texts = joined(*WAYS), []
+    for device, size in ((WAYS[:1], 160), (WAYS[:1], 100), (WAYS[:4], 32), (WAYS[:4], 16)):
+        drawing = draw(architecture, device, ["a"], size)
+        texts.append([mark.text.replace(SPACE, " ") for mark in drawing.marks])
+    assert texts == [["64 B", "96 B"], ["sent", "sent"], ["32 B"], ["16 B"]]
+
+
+def test_marks_keep_clear_of_each_other_and_of_dots():
+    """Two edges that cross in the middle do not have their marks there."""
+    crossed = fabric(width=2, depth=2)
+    crossed["edges"] = [
+        {**edge, "used": True, "kept": True, "name": f"{source}{target}", "source": source, "target": target}
+        for source, target in [(0, 1), (1, 2), (1, 4), (2, 3), (3, 5), (4, 5)]
+        for edge in crossed["edges"][:1]
+    ]  # x to l0.s0 and from there to l0.s1 and, on a diagonal, to l1.s1; from l0.s1 on the other diagonal to l1.s0
+    drawing = draw(Architecture.read(Record(crossed, "architecture.json")), ["01", "12"])
+    assert len(drawing.marks) == 2
+    boxes = [(mark.x, mark.y, mark.width, mark.height) for mark in drawing.marks]
+    boxes += [(dot.x, dot.y, 6.0, 6.0) for dot in drawing.dots]
+    for place, one in enumerate(boxes):
+        for other in boxes[:place]:
+            assert any(abs(one[i] - other[i]) >= (one[i + 2] + other[i + 2]) / 2 for i in (0, 1))
+
+
+def test_the_page_shows_the_cut(tmp_path):
+    run = folder(tmp_path / "run")
+    assert not re.search(r'<rect class="(device|cloud)"|in the cloud', page(write(run)))
+    content = json.loads((run / "architecture.json").read_text())
+    device = [edge["name"] for edge in content["edges"] if edge["used"] and edge["target"] in (1, 4)]
+    cut = {"cost": "transfer:5M", "size": 60000.0, "macs": 2.4e6, "device": device, "sent": ["l1.s0"]}
+    change(run / "architecture.json", "cuts", [cut])
+    text = page(write(run))
+    assert (text.count('<rect class="device"'), text.count('<rect class="cloud"')) == (3, 3)
+    (mark,) = re.findall(r'<g class="mark">.*?>([^<]+)</text>', text)
+    assert mark == "60 kB"  # as it is one value, whatever its layer holds
+    assert (text.count("runs on the device"), text.count("runs in the cloud")) == (3, 5)
+    assert "For transfer:5M it is cut in two: the device runs 3 of its modules, 2.4 M MACs, and sends" in text
+    assert "60,000 bytes" in text
+
+
+def test_a_network_is_a_picture_of_its_own():
+    """XML that needs no style sheet, whatever its title says."""
+    drawing = draw(joined(*WAYS), WAYS[:1], ["x", "a"])
+    root = ElementTree.fromstring(picture(drawing, "<b> & 'c'"))
+    found = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert found[0] == "<b> & 'c'"
+    assert {"device", "cloud", f"64{SPACE}B", "on the device"} < set(found)
+    style = root.find("{http://www.w3.org/2000/svg}style")
+    assert style is not None
+    assert "var(" not in style.text
+    plain = picture(draw(joined(*WAYS)), "no cut")
+    assert "on the device" not in plain
+    ElementTree.fromstring(plain)
 
 
 def test_channels_left_are_listed_in_the_networks_order(tmp_path):

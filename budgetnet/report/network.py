@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from budgetnet.report.architecture import Architecture, Edge, Node, Site
+from budgetnet.report.cuts import Field, Mark, fields, marks, sides
 from budgetnet.report.quantities import SPACE, percent, shape, si
 
 COLOURS = {
@@ -58,6 +59,7 @@ class Label:
     y: float
     text: str
     anchor: str
+    kind: str = ""  # "device" or "cloud" where it names a side of the cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +89,23 @@ class Drawing:
     gated: bool  # whether lines with gates on their channels show how many are left
     widest: str | None  # its largest share; None where widths show the channels left instead
     cut: bool  # whether there is a cut
+    fields: tuple[Field, ...]  # which side each layer is on, where there is one
+    marks: tuple[Mark, ...]  # what crosses it
 
 
-def draw(architecture: Architecture, device: Collection[str] | None = None, sent: Collection[str] = ()) -> Drawing:
+def draw(
+    architecture: Architecture,
+    device: Collection[str] | None = None,
+    sent: Collection[str] = (),
+    size: float | None = None,
+) -> Drawing:
     """Lays the network out on its grid: columns to the right, rows downwards, parallel edges side by side.
 
     Args:
         architecture: the network.
         device: edges that run on a device, all others in the cloud; None where there is no cut.
         sent: nodes whose values are sent.
+        size: bytes of all that is sent, None where that is not known.
     """
     nodes, edges = architecture.nodes, architecture.edges
     places = grid(architecture)
@@ -131,15 +141,23 @@ def draw(architecture: Architecture, device: Collection[str] | None = None, sent
                 marker=palette.index(colour[edge.kind]),
                 width=width,
                 band=whole if sites else 0.0,
-                title=edge_title(edge, nodes, sites),
+                title=edge_title(edge, nodes, sites, device),
                 cloud=edge.used and device is not None and edge.name not in device,
             )
         )
+    cloud = [] if device is None else sides(architecture, device)
+    words = labels(architecture, points, cloud)
+    under += 14.0 if cloud else 0.0  # for what names the sides
     alive = {end for edge in edges if edge.used for end in (edge.source, edge.target)}
     width = max(WIDTH, LEFT + RIGHT + columns * step) if step <= 14 else LEFT + RIGHT + columns * step
+    height = float(TOP + over + rows * drop + under + BOTTOM)
+
+    def at(edge: int, share: float) -> NDArray[np.float64]:
+        return on_curve(points[edges[edge].source], points[edges[edge].target], bent[edge], share)
+
     return Drawing(
         width=float(width),
-        height=float(TOP + over + rows * drop + under + BOTTOM),
+        height=height,
         radius=radius,
         arrow=arrow,
         lines=tuple(sorted(lines, key=lambda line: (line.used, -line.width))),
@@ -153,7 +171,7 @@ def draw(architecture: Architecture, device: Collection[str] | None = None, sent
             )
             for place, (node, (x, y)) in enumerate(zip(nodes, points, strict=True))
         ),
-        labels=labels(architecture, points),
+        labels=words,
         kinds=tuple(
             Kind(name=kind, colour=colour[kind], used=used, all=count)
             for kind, count in Counter(edge.kind for edge in edges).items()
@@ -164,6 +182,8 @@ def draw(architecture: Architecture, device: Collection[str] | None = None, sent
         gated=gated,
         widest=percent(largest) if largest and not gated else None,
         cut=device is not None,
+        fields=fields(cloud, points, step, drop, (float(width), height)) if cloud else (),
+        marks=() if device is None else marks(architecture, device, sent, size, points, at),
     )
 
 
@@ -247,6 +267,12 @@ def middle(start: NDArray[np.float64], end: NDArray[np.float64], bend: float) ->
     return (start + end) / 2 + bend * np.array([along[1], -along[0]]) / (hypot(*along) or 1.0)
 
 
+def on_curve(start: NDArray[np.float64], end: NDArray[np.float64], bend: float, share: float) -> NDArray[np.float64]:
+    """The point at a share, in [0, 1], of the curve whose middle is `bend` beside the straight line."""
+    control = middle(start, end, 2 * bend)
+    return (1 - share) ** 2 * start + 2 * share * (1 - share) * control + share**2 * end
+
+
 def curve(start: NDArray[np.float64], end: NDArray[np.float64], bend: float, radius: float, arrow: float) -> str:
     """An SVG path from rim to rim of two dots, its middle `bend` beside the straight line."""
     length = hypot(*(end - start))
@@ -260,8 +286,10 @@ def curve(start: NDArray[np.float64], end: NDArray[np.float64], bend: float, rad
     return "M{:.1f} {:.1f}Q{:.1f} {:.1f} {:.1f} {:.1f}".format(*first, *control, *last)
 
 
-def labels(architecture: Architecture, points: NDArray[np.float64]) -> tuple[Label, ...]:
-    """The commonest shape of each row at its left, and input and output by their nodes."""
+def labels(
+    architecture: Architecture, points: NDArray[np.float64], cloud: Sequence[bool | None] = ()
+) -> tuple[Label, ...]:
+    """The commonest shape of each row at its left; input and output, and on which side of a cut, by their nodes."""
     nodes, edges = architecture.nodes, architecture.edges
     entered, left = {edge.target for edge in edges}, {edge.source for edge in edges}
     ends = [place for place in range(len(nodes)) if (place in entered) != (place in left)]
@@ -278,12 +306,17 @@ def labels(architecture: Architecture, points: NDArray[np.float64]) -> tuple[Lab
         x, y = points[place]
         found.append(Label(x=float(x), y=float(y) - 24, text=word, anchor="middle"))
         found.append(Label(x=float(x), y=float(y) - 12, text=shape(nodes[place].shape), anchor="middle"))
+        if cloud and (word == "input" or cloud[place]):
+            side = "cloud" if cloud[place] else "device"
+            found.append(Label(x=float(x), y=float(y) + 22, text=side, anchor="middle", kind=side))
     return tuple(found)
 
 
-def edge_title(edge: Edge, nodes: Sequence[Node], sites: Sequence[Site]) -> str:
-    """What a pointer resting on the edge is told."""
+def edge_title(edge: Edge, nodes: Sequence[Node], sites: Sequence[Site], device: Collection[str] | None = None) -> str:
+    """What a pointer resting on the edge is told; `device` are the edges on that side of a cut, None without one."""
     state = "kept" if edge.used else "kept, but on no path from input to output" if edge.kept else "dropped"
+    if edge.used and device is not None:
+        state += ", runs on the device" if edge.name in device else ", runs in the cloud"
     chance = "not a choice" if edge.fixed or edge.probability is None else f"probability {edge.probability:.3g}"
     costs = [f"{name}: {si(value)}" for name, value in edge.costs.items()]
     channels = [f"{site.name}: {site.left} of {site.all} channels" for site in sites]

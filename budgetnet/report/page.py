@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.report import figures, gate_figures, quantities
 from budgetnet.report.architecture import Architecture, Edge
-from budgetnet.report.network import draw, shares
+from budgetnet.report.network import Drawing, draw, shares
 from budgetnet.report.quantities import MISSING, duration, exact, percent, plural, share, si
 from budgetnet.report.run import Quality, Run
 from budgetnet.report.schedule import gantt
@@ -56,17 +56,19 @@ def write(run: str | Path | Sequence[str | Path], out: str | Path | None = None)
 
 def render(runs: Sequence[Run]) -> str:
     """The page as HTML: the comparison first where there are several runs, then a section for each."""
-    environment = Environment(
-        loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"si": si, "exact": exact, "percent": percent, "duration": duration}
-    environment.filters["plotted"] = plotted
-    return environment.get_template("template.html.j2").render(
+    template = _environment().get_template("template.html.j2")
+    return template.render(
         runs=[section(run) for run in runs],
         comparison=compare(runs) if len(runs) > 1 else None,
         style=Markup(_part("style.css")),  # our own file
         plotly=Markup(get_plotlyjs()),
     )
+
+
+def picture(drawing: Drawing, title: str) -> str:
+    """A network as an SVG file of its own, its title above and its legend below."""
+    alone: Callable[..., str] = _environment().get_template("network.svg.j2").module.alone  # type: ignore[attr-defined]
+    return alone(drawing, title).strip() + "\n"
 
 
 def section(run: Run) -> dict[str, Any]:
@@ -213,6 +215,15 @@ def plotted(figure: go.Figure) -> Markup:
     return Markup(text)
 
 
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"si": si, "exact": exact, "percent": percent, "duration": duration}
+    environment.filters["plotted"] = plotted
+    return environment
+
+
 def _part(name: str) -> str:
     return files(quantities.__package__).joinpath(name).read_text(encoding="utf-8")
 
@@ -221,9 +232,9 @@ def _choices(architecture: Architecture | None) -> list[Edge]:
     return [edge for edge in architecture.edges if not edge.fixed] if architecture else []
 
 
-def _cut(run: Run) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """The edges on the device and the nodes whose values are sent, of the first budget that is about a transfer."""
-    return (run.cuts[0].device, run.cuts[0].sent) if run.cuts else (None, ())
+def _cut(run: Run) -> tuple[tuple[str, ...] | None, tuple[str, ...], float | None]:
+    """The edges on the device, the nodes whose values are sent, and the bytes, of the first budget about a transfer."""
+    return (run.cuts[0].device, run.cuts[0].sent, run.cuts[0].size) if run.cuts else (None, (), None)
 
 
 def _best(measured: Quality | None) -> str:
