@@ -62,6 +62,9 @@ def main() -> None:
 def row(space: bn.SuperNetwork, runtime: str, arguments: argparse.Namespace) -> str:
     """One line of the table, for a space with random weights."""
     torch.manual_seed(0)
+    for part in space.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):  # as after training: an exporter leaves out a bias of zeros
+            torch.nn.init.normal_(part.bias, std=0.1)
     model = Latency(runtime=runtime, batch=arguments.batch).bind(space.eval())
     kept = widely(space, arguments.networks + 1, torch.Generator().manual_seed(1))[1:]
     used = space.used(kept)
