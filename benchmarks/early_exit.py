@@ -65,16 +65,13 @@ def train(budget: str, seed: int, data: bn.data.Dataset, arguments: argparse.Nam
     """Trains the network with exits and the one without, and says what came out."""
     options = bn.SearchOptions(**{"epochs": arguments.epochs, "seed": seed, "validate_every": 10} | arguments.options)
     shape = {name: getattr(arguments, name) for name in ("depth", "growth", "exit_channels", "exit_pool")}
-    found, plain = None, None
-    for conditional in (False, True):
+
+    def space(conditional: bool) -> bn.SuperNetwork:
         torch.manual_seed(seed)
-        space = bn.spaces.densenet_exits(**shape, classes=data.num_classes, conditional=conditional)
-        if conditional:
-            found = bn.search(space, data, [budget], options, out=folder / "exits", resume=True)
-        else:
-            plain = bn.search(space, data, [], options, architecture="full", out=folder / "without", resume=True)
-    assert found is not None
-    assert plain is not None
+        return bn.spaces.densenet_exits(**shape, classes=data.num_classes, conditional=conditional)
+
+    plain = bn.search(space(False), data, [], options, architecture="full", out=folder / "without", resume=True)
+    found = bn.search(space(True), data, [budget], options, out=folder / "exits", resume=True)
     looked = found.result["inference"]
     costs = evaluate_gates(found.supernet, data, Inference(tau=looked["tau"]), ["layers", "macs"], recalibration=0)[
         "costs"
