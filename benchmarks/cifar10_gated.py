@@ -37,13 +37,14 @@ TIMED = 64
 RANDOM = tuple(f"random {number}" for number in range(1, 6))
 GATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pruned": ({}, {}),
+    "pruned wide": ({"expansion": 2}, {}),
     "conditional": ({"conditional": True}, {}),
     "conditional layers": ({"conditional": True, "gates": "layers"}, {}),
     "layers": ({"gates": "layers"}, {}),
     "blocks and eights": ({"gates": "both", "granularity": 8}, {}),
     "per-gate loss": ({}, {"penalty": "per-gate"}),
 }
-"""What is searched: options of the space, and of the search."""
+"""What is searched: options of the space, and of the search. The wide one may take up to twice the hidden channels."""
 KINDS = (*GATED, "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
 DENSE_EPOCHS = 2 / 3
 """Share of the epochs that the pruners train the dense network for; the rest follows the pruning."""
@@ -130,7 +131,7 @@ class Row:
     def gated(self) -> tuple[nn.Module, dict[str, Any]]:
         """The rows that budgetnet trains: searched, found, or drawn at random."""
         space = bn.spaces.resnet(depth=20, **GATED.get(self.kind, ({}, {}))[0])
-        budget = bn.Budget(bn.costs.MACs(), at_most=f"{self.target}%")
+        budget = bn.Budget(bn.costs.MACs(), at_most=self.limit)
         run = self.folder / "run"
         if self.kind in GATED:
             found = bn.search(space, self.data, [budget], self.searched, out=run, resume=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -122,23 +121,25 @@ def measured_to_fit(
     for model in models:
         if isinstance(model, LearningModel):  # predictions are best where they were learned
             model.refit(probable(network, budgets, count=min(count, NEAR), generator=generator))
-    wanted, seen, good = list(budgets), dict[tuple[float, ...], list[float]](), list[tuple[float, ...]]()
+    wanted, good = list(budgets), list[tuple[float, ...]]()
+    seen, surely = dict[tuple[float, ...], list[float]](), dict[tuple[float, ...], list[float]]()
     for _ in range(ATTEMPTS):
         pool = probable(network, wanted, count=count, generator=generator)
         new = pool[[tuple(row) not in seen for row in pool.tolist()]]
         if not len(new):
             break
         columns = [_measured(network, budget, new) for budget in budgets]
-        keep = torch.stack([met for _, met in columns]).all(dim=0).tolist()
+        keep = torch.stack([budget.met(high) for budget, (_, high) in zip(budgets, columns, strict=True)]).all(dim=0)
         rows = list(map(tuple, new.tolist()))
-        seen |= dict(zip(rows, map(list, zip(*[values for values, _ in columns], strict=True)), strict=True))
-        good += [row for row, fits in zip(rows, keep, strict=True) if fits]
-        good.sort(key=lambda row: room(budgets, seen[row]))
-        if good and room(budgets, seen[good[0]]) < CLOSE:
+        seen |= dict(zip(rows, torch.stack([cost for cost, _ in columns], dim=1).tolist(), strict=True))
+        surely |= dict(zip(rows, torch.stack([high for _, high in columns], dim=1).tolist(), strict=True))
+        good += [row for row, fits in zip(rows, keep.tolist(), strict=True) if fits]
+        good.sort(key=lambda row: room(budgets, surely[row]))
+        if good and room(budgets, surely[good[0]]) < CLOSE:
             break
-        for place, (budget, (values, _)) in enumerate(zip(budgets, columns, strict=True)):
+        for place, (budget, (_, high)) in enumerate(zip(budgets, columns, strict=True)):
             if isinstance(budget.model, MeasuredModel):
-                share = budget.limit / max(median(values), 0.1 * budget.limit) * (1 - CLOSE / 2)
+                share = budget.limit / max(float(high.median()), 0.1 * budget.limit) * (1 - CLOSE / 2)
                 wanted[place] = replace(wanted[place], limit=wanted[place].limit * min(1.1, max(0.7, share)))
     if not good:
         limits = ", ".join(f"{budget.name} at {budget.limit:.6g} {budget.unit}" for budget in budgets)
@@ -152,14 +153,15 @@ def room(budgets: Sequence[BoundBudget], costs: Sequence[float]) -> float:
     return min((1 - cost / each.limit for each, cost in zip(budgets, costs, strict=True) if each.upper), default=0.0)
 
 
-def _measured(network: SuperNetwork, budget: BoundBudget, kept: Tensor) -> tuple[list[float], Tensor]:
-    """Costs of `(n, G)` architectures, and whether they keep the budget, also where they are measured again."""
+def _measured(network: SuperNetwork, budget: BoundBudget, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Costs of `(n, G)` architectures, and the most that each is expected to be when it is measured again, `(n,)`."""
     if not isinstance(budget.model, MeasuredModel):
-        cost = budget.model(network.used(kept))
-        return cost.tolist(), budget.met(cost)
+        cost = budget.model(network.used(kept)).double()
+        return cost, cost
     found = budget.model.measure(kept)
-    surely = torch.tensor([one.high if budget.upper else one.value for one in found], dtype=torch.float64)
-    return [one.value for one in found], budget.met(surely)
+    seen = [(one.value, one.high if budget.upper else one.value) for one in found]
+    cost, high = torch.tensor(seen, dtype=torch.float64).unbind(dim=1)
+    return cost, high
 
 
 def mend(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> Tensor:

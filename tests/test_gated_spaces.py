@@ -119,6 +119,8 @@ def test_a_shortcut_without_parameters_takes_no_step():
         ("resnet", {"depth": 34}, 21_797_672),
         ("resnet", {"depth": 50}, 25_557_032),
         ("resnet", {"depth": 101}, 44_549_160),
+        ("resnet", {"depth": 50, "expansion": 2}, 68_883_240),
+        ("resnet", {"depth": 101, "expansion": 2.0}, 126_886_696),
         ("mobilenet_v2", {}, 3_504_872),
     ],
 )
@@ -355,6 +357,14 @@ def test_granularity_is_channels_a_gate(granularity: int | list[int], gates: int
     assert built("resnet", depth=20, channels=4, granularity=granularity).gate_count == gates
 
 
+@pytest.mark.parametrize(("expansion", "hidden"), [(2, (8, 16, 32)), (0.6, (2, 5, 10)), (0.01, (1, 1, 1))])
+def test_expansion_widens_a_branch_inside(expansion: float, hidden: tuple[int, ...]):
+    network = built("resnet", depth=8, channels=4, expansion=expansion)
+    for group, (inside, usual) in enumerate(zip(hidden, (4, 8, 16), strict=True)):
+        assert sites(network, f"g{group}.0.block") == {"hidden0": inside}
+        assert network.shapes[network.graph.nodes.index(f"g{group}.0")][0] == usual
+
+
 def test_the_papers_granularity_of_a_resnet_50():
     """16, 32, 64, 128 channels where a branch ends and half that inside: 16 gates there and twice 8 in each block."""
     network = built("resnet", depth=50, granularity="paper", where="ends")
@@ -584,6 +594,8 @@ def test_measured_through_the_command_line(arguments: list[str], macs: int, caps
         ("resnet", {"depth": 20.0}, "depth must be .* got 20.0"),
         ("resnet", {"depth": True}, "depth must be .* got True"),
         ("resnet", {"channels": 0}, "channels must be a whole number >= 1, got 0"),
+        ("resnet", {"expansion": 0}, "expansion must be a number > 0, got 0"),
+        ("resnet", {"expansion": "2"}, "expansion must be a number > 0, got '2'"),
         ("resnet", {"classes": 0}, "classes must be a whole number >= 1, got 0"),
         ("resnet", {"image_size": 0}, "image_size must be one side or"),
         ("resnet", {"gates": "filters"}, "gates must be channels or layers or both or none, got 'filters'"),

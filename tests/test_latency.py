@@ -267,6 +267,30 @@ def test_a_table_spares_measuring_again_and_scales_with_the_machine(tmp_path: Pa
     assert "2.00 times as slow" in slow.notes["slower"]
 
 
+@pytest.mark.usefixtures("clocked")
+def test_a_machine_that_wavers_widens_what_is_expected_again(monkeypatch):
+    space = SPACES["fabric"]().eval()
+    kept = widely(space, 2, generator())
+    model = Latency().bind(space)
+    for one in model.measure(kept):
+        assert one.low == one.value == one.high  # each call takes the same, and the machine always did
+
+    def at(speed: float) -> list[Measured]:
+        monkeypatch.setattr(Assembler, "yardstick", lambda self: speed)
+        return model.measure(kept)
+
+    for speed in [1.0, 1.02] * 10:
+        at(speed)
+    for one in at(1.0):
+        assert (one.low, one.high) == pytest.approx((one.value, 1.02 * one.value))
+    for one in at(1.02):
+        assert (one.low, one.high) == pytest.approx((one.value / 1.02, one.value))
+    for speed in [0.5, 2.0] * 20:
+        at(speed)
+    for one in at(1.0):
+        assert (one.low, one.high) == pytest.approx((0.95 * one.value, 1.05 * one.value))  # no more than that
+
+
 class Off:
     """A measured cost whose truth lies a share above what it predicts."""
 

@@ -27,6 +27,8 @@ EACH_EPOCH = {"compiled": 0}
 """Whole networks that are measured after an epoch of a search, else 4."""
 SLOWER, NOISY = 1.1, 0.25
 """A machine is slower when the yardstick takes so many times as long; noisy when so many calls are interrupted."""
+WAVER = 0.05
+"""At most so much is added to what was measured, as a share, for a machine that changes its speed."""
 
 
 @dataclass(frozen=True)
@@ -192,11 +194,20 @@ class LatencyModel:
         return [(parts, seen) for parts, seen in self.table.networks if set(parts) == set(self.parts)]
 
     def _measured(self, kept: Tensor, calls: int) -> tuple[list[Measured], float]:
-        """What networks take, and how slow the machine was meanwhile."""
+        """What networks take, and how slow the machine was meanwhile.
+
+        Between which milliseconds they are expected again takes in how fast and slow the machine was before.
+        """
         ways = [self.assembler.whole(row[None]) for row in kept]
         *timings, yard = self.assembler.times([*ways, self.assembler.yardstick()], calls)
         speed = self._look_at(yard.quantile(0.5), float(np.mean([timing.disturbed for timing in timings])))
-        return [Measured(timing.quantile(self.share), *timing.interval(self.share)) for timing in timings], speed
+        fast, slow = np.clip(np.quantile(self.speeds, (0.1, 0.9)) / speed, (1 - WAVER, 1), (1, 1 + WAVER)).tolist()
+        intervals = [timing.interval(self.share) for timing in timings]
+        found = [
+            Measured(timing.quantile(self.share), low * fast, high * slow)
+            for timing, (low, high) in zip(timings, intervals, strict=True)
+        ]
+        return found, speed
 
     def _read(self) -> None:
         """Takes up the table's file where there is one, and looks how fast the machine is now."""

@@ -16,6 +16,13 @@ def at_least(least: int, **options: int) -> None:
             raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
+def positive(**options: float) -> None:
+    """Raises ConfigError where an option is not a finite number > 0."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ConfigError(f"{name} must be a number > 0, got {value!r}")
+
+
 def one_of(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises ConfigError where `value` is not one of `choices`."""
     if value not in choices:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from budgetnet.blocks import conv_layers, pooled_classifier
-from budgetnet.errors import ConfigError
-from budgetnet.spaces.checks import Size, at_least, image_shape, one_of
+from budgetnet.spaces.checks import Size, at_least, image_shape, one_of, positive
 from budgetnet.spaces.gating import Gating, Granularity, granularities
 from budgetnet.supernet import Edge, Node, SuperNetwork
 
@@ -73,8 +72,7 @@ def mobilenet_v2(
     one_of("strides", strides, ("imagenet", "cifar"))
     one_of("task", task, ("classification",))
     at_least(1, classes=classes, in_channels=in_channels)
-    if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < float("inf"):
-        raise ConfigError(f"width must be a number > 0, got {width!r}")
+    positive(width=width)
     small = strides == "cifar"
     image_size = image_size if image_size is not None else 32 if small else 224
     options = {name: value for name, value in locals().items() if name in mobilenet_v2.__annotations__}

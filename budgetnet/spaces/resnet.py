@@ -6,7 +6,7 @@ from torch import nn
 
 from budgetnet.blocks import conv_layers, padded_identity, pooled_classifier
 from budgetnet.errors import ConfigError
-from budgetnet.spaces.checks import Size, at_least, image_shape, one_of
+from budgetnet.spaces.checks import Size, at_least, image_shape, one_of, positive
 from budgetnet.spaces.gating import Gating, Granularity, granularities
 from budgetnet.supernet import Edge, Node, SuperNetwork
 
@@ -18,6 +18,7 @@ def resnet(
     *,
     depth: int = 20,
     channels: int | None = None,
+    expansion: float = 1.0,
     classes: int | None = None,
     image_size: Size | None = None,
     in_channels: int = 3,
@@ -44,6 +45,8 @@ def resnet(
         depth: 6n + 2: three groups of n basic blocks (20, 32, 44, 56, 110); or 18, 34 (basic blocks), 50, 101.
         channels: of the first group's 3x3 convolutions, twice as many in each further one; None for 16
             (CIFAR) or 64 (ImageNet).
+        expansion: hidden channels of every branch, times the usual number, so that a search may place more of
+            them than the usual network has; 2 at depth 50 or 101 is torchvision's wide_resnet50_2 or 101_2.
         classes: size of the output; None for 10 or 1000.
         image_size: pixels, one side or (height, width); None for 32 or 224.
         in_channels: channels of the input.
@@ -70,6 +73,7 @@ def resnet(
     classes = classes if classes is not None else 1000 if imagenet else 10
     image_size = image_size if image_size is not None else 224 if imagenet else 32
     at_least(1, channels=channels, classes=classes, in_channels=in_channels)
+    positive(expansion=expansion)
     one_of("shortcut", shortcut, ("projection", "identity"))
     one_of("task", task, ("classification",))
     options = {name: value for name, value in locals().items() if name in resnet.__annotations__}
@@ -84,8 +88,8 @@ def resnet(
     nodes = [Node(name="stem", position=(0, 0))]
     start, into = "stem", channels
     for group, count in enumerate(blocks):
-        hidden = channels * 2**group
-        out = hidden * (4 if bottleneck else 1)
+        usual = channels * 2**group
+        hidden, out = max(1, round(usual * expansion)), usual * (4 if bottleneck else 1)
         for block in range(count):
             end, stride = f"g{group}.{block}", 2 if group > 0 and block == 0 else 1
             alike = f"g{group}" if (into, stride) == (out, 1) else None
