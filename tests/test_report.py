@@ -136,6 +136,8 @@ def folder(path: Path, *, value: float = VALUE, finished: bool = True, mark: str
     outcome = {
         "space": "fabric", "data": "digits", "seed": 7, "images_seen": 12933, "seconds": 3805.0,
         "budgets": [{"cost": "macs", "unit": "MAC" + mark, "limit": LIMIT, "value": value, "met": value <= LIMIT}],
+        "before": [{"cost": "macs", "unit": "MAC" + mark, "limit": LIMIT, "smallest": 2e6, "bound": True,
+                    "expected": 3e7, "full": FULL}],
         "full": {"macs": FULL, "params": 750_000},
         "network": {"macs": value, "params": 120_000, "memory:params": 500_000,
                     "latency_ms": {"median": 1.234, "p10": 1.1, "p90": 1.5, "runtime": "onnxruntime" + mark,
@@ -249,6 +251,22 @@ def test_a_target_may_be_passed_from_above(tmp_path):
     text = page(write(run))
     assert "uses 10.3 M of about 10.2 M MACs" in text
     assert "✓ budget kept" in text
+
+
+def test_what_only_a_measurement_shows_is_beside_what_it_was_before(tmp_path):
+    budget = {"cost": "latency", "unit": "ms", "limit": 2.0, "value": 1.9, "met": True, "low": 1.8, "high": 1.95}
+    before = {
+        "cost": "latency",
+        "unit": "ms",
+        "limit": 2.0,
+        "smallest": 0.1,
+        "bound": True,
+        "expected": 3.1,
+        "full": 3.8,
+    }
+    run = folder(tmp_path / "run", budgets=[budget], before=[before])
+    change(run / "options.json", "budgets.0", "latency<=2ms")
+    assert "uses 1.9 of at most 2 ms (50 % of the full super network)" in page(write(run))
 
 
 def test_segmentation_is_told_in_mean_iou(tmp_path):

@@ -117,7 +117,6 @@ def panels(epochs: Sequence[Epoch]) -> list[Panel]:
         found.append(
             Panel(
                 title=f"Cost: {cost} ({unit})",
-                ticks="~s",
                 from_zero=True,
                 curves=(
                     Curve(name="sampled, mean", values=each(lines, "sampled"), colour=BLUE),
@@ -165,7 +164,7 @@ def choice(candidates: Sequence[Candidate], cost: str, unit: str, limit: float) 
                            mode="markers", name=name, marker=marker)  # fmt: skip
     figure.add_vline(x=limit, line={"color": INK, "dash": "dash", "width": 1.5}, annotation_text="limit")
     dress(figure, height=300, right=120, top=30)
-    figure.update_xaxes(title_text=escape(f"{cost} ({unit})"), tickformat="~s")
+    figure.update_xaxes(title_text=escape(f"{cost} ({unit})"))
     return figure.update_yaxes(title_text="validation", title_standoff=8, tickformat=".2~%")
 
 
@@ -189,7 +188,7 @@ def comparison(runs: Sequence[Run], cost: str, unit: str) -> go.Figure:
         marker={"color": BLUE, "size": 9}, cliponaxis=False,
     )  # fmt: skip
     dress(figure, height=380, right=120, top=30)
-    figure.update_xaxes(title_text=escape(f"{cost} ({unit})"), tickformat="~s")
+    figure.update_xaxes(title_text=escape(f"{cost} ({unit})"))
     return figure.update_yaxes(title_text="quality", title_standoff=8, tickformat=".2~%")
 
 
@@ -222,5 +221,6 @@ def dress(figure: go.Figure, *, height: int, right: int, top: int) -> None:
         ticks="outside",
         ticklen=4,
         tickcolor="#aab2bd",
+        exponentformat="SI",
     )
-    figure.update_yaxes(gridcolor=GRID, zeroline=False, nticks=5)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, nticks=5, exponentformat="SI")

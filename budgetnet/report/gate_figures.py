@@ -205,7 +205,7 @@ def thresholds(inference: Inference, budgets: Sequence[Outcome], accuracy: float
     room = max(0.1 * (most - least), 0.02)
     figure.update_yaxes(tickformat=".2~%", range=[least - room, min(most + room, 1.005)], col=1)
     for column, name in enumerate(costs, 2):
-        figure.update_yaxes(tickformat="~s", rangemode="tozero", col=column)
+        figure.update_yaxes(rangemode="tozero", col=column)
         if name in limits:
             figure.add_hline(y=limits[name].limit, line={"color": INK, "dash": "dash", "width": 1.4}, row=1, col=column,
                              annotation={"text": "limit" if limits[name].at_most else "target",

@@ -132,7 +132,7 @@ class Result:
     images_seen: float
     seconds: float
     budgets: tuple[Outcome, ...]
-    full: dict[str, float]
+    full: dict[str, float]  # of the super network; of what can only be measured, as measured before the search
     network: dict[str, float]
     latency: Record | None
     validation: Quality | None
@@ -163,7 +163,7 @@ class Result:
                 )
                 for budget, sign in zip(budgets, signs, strict=True)
             ),
-            full=record.costs("full"),
+            full={each.text("cost"): each.number("full") for each in record.records("before")} | record.costs("full"),
             network=record.costs("network"),
             latency=record.record("network").maybe_record("latency_ms"),
             validation=Quality.read(record.maybe_record("validation")),
