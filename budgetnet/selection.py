@@ -21,6 +21,8 @@ ATTEMPTS = 5
 TRIES = 4
 CLOSE = 0.02
 """Share of a limit that may be left."""
+TIGHTER = 0.85
+"""A limit on predictions becomes so many times as large where no other architectures are found below it."""
 
 
 def pareto_front(cost: Tensor, quality: Tensor) -> Tensor:
@@ -101,14 +103,15 @@ def probable(
 
 def measured_to_fit(
     network: SuperNetwork, budgets: Sequence[BoundBudget], *, count: int, generator: torch.Generator
-) -> tuple[Tensor, dict[str, list[float]]]:
+) -> tuple[Tensor, list[list[float]]]:
     """Candidates that keep every budget, by what was measured where a cost can be: those that leave least first.
 
-    Where predictions were too high or too low for what a limit allows, the limit that they go by is moved and
-    candidates are drawn again.
+    Where predictions were too high or too low, the limit that they go by is moved and candidates are drawn again.
+    Where none of these keeps the budgets, the architecture of least cost may.
 
     Returns:
-        `(n, G)` architectures as `probable` gives them, 1 <= n <= count, and of each budget the costs of all.
+        `(n, G)` architectures as `probable` gives them, 1 <= n <= count, and of each what it costs, in the budgets'
+        order.
 
     Raises:
         UnreachableBudget: none was found that keeps all budgets together.
@@ -117,35 +120,88 @@ def measured_to_fit(
     if not any(isinstance(model, MeasuredModel) for model in models):
         pool = probable(network, budgets, count=count, generator=generator)
         used = network.used(pool)
-        return pool, {budget.name: budget.model(used).tolist() for budget in budgets}
+        costs = [budget.model(used).tolist() for budget in budgets]
+        return pool, [list(own) for own in zip(*costs, strict=True)] or [[] for _ in pool]
     for model in models:
         if isinstance(model, LearningModel):  # predictions are best where they were learned
-            model.refit(probable(network, budgets, count=min(count, NEAR), generator=generator))
-    wanted, good = list(budgets), list[tuple[float, ...]]()
-    seen, surely = dict[tuple[float, ...], list[float]](), dict[tuple[float, ...], list[float]]()
+            near = _drawn(network, budgets, count=min(count, NEAR), generator=generator)
+            if len(near):
+                model.refit(near)
+    seen, wanted = Seen(network, budgets), list(budgets)
+    ratios, tighter = [1.0] * len(budgets), 1.0
     for _ in range(ATTEMPTS):
-        pool = probable(network, wanted, count=count, generator=generator)
-        new = pool[[tuple(row) not in seen for row in pool.tolist()]]
-        if not len(new):
+        new = seen.new(_drawn(network, wanted, count=count, generator=generator))
+        if len(new):
+            predicted = [budget.model(network.used(new)) for budget in budgets]
+            ratios = [_ratio(high, low) for high, low in zip(seen.add(new), predicted, strict=True)]
+        if (seen.good and (room(budgets, seen.high[seen.good[0]]) < CLOSE or not len(new))) or not seen.high:
             break
-        columns = [_measured(network, budget, new) for budget in budgets]
-        keep = torch.stack([budget.met(high) for budget, (_, high) in zip(budgets, columns, strict=True)]).all(dim=0)
-        rows = list(map(tuple, new.tolist()))
-        seen |= dict(zip(rows, torch.stack([cost for cost, _ in columns], dim=1).tolist(), strict=True))
-        surely |= dict(zip(rows, torch.stack([high for _, high in columns], dim=1).tolist(), strict=True))
-        good += [row for row, fits in zip(rows, keep.tolist(), strict=True) if fits]
-        good.sort(key=lambda row: room(budgets, surely[row]))
-        if good and room(budgets, surely[good[0]]) < CLOSE:
-            break
-        for place, (budget, (_, high)) in enumerate(zip(budgets, columns, strict=True)):
-            if isinstance(budget.model, MeasuredModel):
-                share = budget.limit / max(float(high.median()), 0.1 * budget.limit) * (1 - CLOSE / 2)
-                wanted[place] = replace(wanted[place], limit=wanted[place].limit * min(1.1, max(0.7, share)))
-    if not good:
+        if not len(new):  # few architectures lie just below the limit: look for smaller ones
+            tighter *= TIGHTER
+        wanted = [_moved(budget, ratio, tighter) for budget, ratio in zip(budgets, ratios, strict=True)]
+    if not seen.good:
+        smallest = torch.cat([budget.cheapest(network) for budget in budgets])
+        seen.add(seen.new(trimmed(network, smallest)))
+    if not seen.good:
         limits = ", ".join(f"{budget.name} at {budget.limit:.6g} {budget.unit}" for budget in budgets)
-        raise UnreachableBudget(f"of {len(seen)} networks of {network.name} that were measured none keeps {limits}")
-    best = good[:count]
-    return torch.tensor(best), {budget.name: [seen[row][place] for row in best] for place, budget in enumerate(budgets)}
+        raise UnreachableBudget(
+            f"of {len(seen.cost)} networks of {network.name} that were measured none keeps {limits}"
+        )
+    best = seen.good[:count]
+    return torch.tensor(best), [seen.cost[row] for row in best]
+
+
+class Seen:
+    """Architectures whose costs were measured where they can be.
+
+    Attributes:
+        cost: of each, in the budgets' order.
+        high: the most that each of these is expected to be when it is measured again.
+        good: those that keep the budgets also then; what leaves least of its tightest limit comes first.
+    """
+
+    def __init__(self, network: SuperNetwork, budgets: Sequence[BoundBudget]) -> None:
+        self.network, self.budgets = network, budgets
+        self.cost, self.high = dict[tuple[float, ...], list[float]](), dict[tuple[float, ...], list[float]]()
+        self.good: list[tuple[float, ...]] = []
+
+    def new(self, kept: Tensor) -> Tensor:
+        """Those of `(n, G)` architectures that were not measured yet."""
+        return kept[[tuple(row) not in self.cost for row in kept.tolist()]]
+
+    def add(self, kept: Tensor) -> list[Tensor]:
+        """Measures `(n, G)` architectures; what their costs may be when they are measured again, `(n,)` a budget."""
+        if not len(kept):
+            return []
+        costs, highs = zip(*(_measured(self.network, budget, kept) for budget in self.budgets), strict=True)
+        keep = torch.stack([budget.met(high) for budget, high in zip(self.budgets, highs, strict=True)]).all(dim=0)
+        rows = [tuple(row) for row in kept.tolist()]
+        self.cost |= dict(zip(rows, torch.stack(costs, dim=1).tolist(), strict=True))
+        self.high |= dict(zip(rows, torch.stack(highs, dim=1).tolist(), strict=True))
+        self.good += [row for row, fits in zip(rows, keep.tolist(), strict=True) if fits]
+        self.good.sort(key=lambda row: room(self.budgets, self.high[row]))
+        return list(highs)
+
+
+def _drawn(network: SuperNetwork, budgets: Sequence[BoundBudget], *, count: int, generator: torch.Generator) -> Tensor:
+    """As `probable`, `(n, G)`, with n = 0 where no architecture is predicted to keep the budgets."""
+    try:
+        return probable(network, budgets, count=count, generator=generator)
+    except UnreachableBudget:
+        return network.architecture("full")[:0]
+
+
+def _ratio(high: Tensor, predicted: Tensor) -> float:
+    """How many times as high as was predicted costs are, `(n,)` each, in [0.5, 2]."""
+    middle = float(predicted.median())
+    return min(2.0, max(0.5, float(high.median()) / middle)) if middle > 0 else 1.0
+
+
+def _moved(budget: BoundBudget, ratio: float, tighter: float) -> BoundBudget:
+    """The same budget for predictions that are too low by `ratio`."""
+    if not isinstance(budget.model, MeasuredModel):
+        return budget
+    return replace(budget, limit=budget.limit / ratio * (tighter * (1 - CLOSE / 2) if budget.upper else 1))
 
 
 def room(budgets: Sequence[BoundBudget], costs: Sequence[float]) -> float:

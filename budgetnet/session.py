@@ -281,12 +281,12 @@ class Session:
         qualities = [self.judge(kept[None], afresh=True) for kept in pool]
         measure = "mean_iou" if self.data.task == "segmentation" else "accuracy"
         scores = [quality[measure] for quality in qualities]
-        rooms = [room(self.budgets, own) for own in zip(*costs.values(), strict=True)] or [0.0] * len(pool)
+        rooms = [room(self.budgets, own) for own in costs]
         best = best_of(scores, rooms, images=len(self.data.validation))
         used = self.network.used(pool)
         self.candidates = [
             {
-                "costs": {name: values[place] for name, values in costs.items()},
+                "costs": {budget.name: cost for budget, cost in zip(self.budgets, costs[place], strict=True)},
                 "validation": quality,
                 "chosen": place == best,
             }

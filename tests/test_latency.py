@@ -21,8 +21,8 @@ from budgetnet.costs import Latency, MACs
 from budgetnet.costs.channel_time import channel_time, counts_key, openings
 from budgetnet.costs.latency import LatencyModel, widely
 from budgetnet.costs.measured import Measured
-from budgetnet.costs.timetable import Setting, Timetable, fitted
-from budgetnet.errors import ConfigError, FileError
+from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
+from budgetnet.errors import ConfigError, FileError, UnreachableBudget
 from budgetnet.export import export, onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.selection import measured_to_fit
@@ -209,7 +209,8 @@ def test_the_fit_finds_the_weights_and_its_error_is_that_of_leaving_out():
 
 def test_a_table_is_kept_in_a_file(tmp_path: Path):
     setting = Setting.here("onnxruntime", 1, 1, "cpu")
-    table = Timetable(setting, 0.5, {"conv": {"": 0.25}, "block": {"3": 0.1}}, [({"conv": 0.25}, 0.7)])
+    whole = Whole("fabric", {"conv": 0.25}, 0.7)
+    table = Timetable(setting, 0.5, {"conv": {"": 0.25}, "block": {"3": 0.1}}, [whole])
     file = tmp_path / "times.json"
     table.save(file)
     again = Timetable.load(file, setting)
@@ -226,6 +227,7 @@ def test_a_table_is_kept_in_a_file(tmp_path: Path):
         (lambda content: content["times_ms"].update(conv={"": -1}), "a time of -1"),
         (lambda content: content["times_ms"].update(conv=3), "must hold times of modules"),
         (lambda content: content.update(networks=[{}]), "must hold times of modules"),
+        (lambda content: content.update(yardstick_ms=0), "a yardstick of 0 ms"),
         (lambda content: content.update(yardstick_ms="x"), "a time of 'x'"),
     ],
 )
@@ -284,11 +286,54 @@ def test_a_machine_that_wavers_widens_what_is_expected_again(monkeypatch):
     for one in at(1.0):
         assert (one.low, one.high) == pytest.approx((one.value, 1.02 * one.value))
     for one in at(1.02):
-        assert (one.low, one.high) == pytest.approx((one.value / 1.02, one.value))
+        assert (one.low, one.high) == pytest.approx((one.value / 1.02, 1.02 * one.value))
+    for one in at(0.7):  # it will hardly stay so fast
+        assert one.high == pytest.approx(1.02 / 0.7 * one.value)
+    for one in at(2.0):
+        assert one.low == pytest.approx(1.0 / 2.0 * one.value)
     for speed in [0.5, 2.0] * 20:
         at(speed)
-    for one in at(1.0):
+    middle = model.speed
+    for one in at(middle):
         assert (one.low, one.high) == pytest.approx((0.95 * one.value, 1.05 * one.value))  # no more than that
+
+
+@pytest.mark.usefixtures("clocked")
+def test_a_faster_or_slower_machine_is_no_error_of_the_prediction(monkeypatch):
+    space = SPACES["fabric"]().eval()
+    model = Latency().bind(space)
+    before = Assembler.times
+    for speed in (1.0, 1.3, 0.8):
+        monkeypatch.setattr(
+            Assembler, "times", lambda *given, by=speed: [Timing(one.calls * by, 0.0) for one in before(*given)]
+        )
+        for _ in range(20):
+            model.refit(widely(space, 4, generator()))
+        assert model.error == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.usefixtures("clocked")
+def test_quantiles_and_spaces_share_a_table_but_no_whole_networks(tmp_path: Path, monkeypatch):
+    table, before = str(tmp_path / "times.json"), Assembler.times
+
+    def spread(self: Assembler, ways: Sequence[float], calls: int) -> list[Timing]:
+        """One call in ten takes twice as long."""
+        return [Timing(np.repeat([way, 2 * way], [9 * calls // 10, calls - 9 * calls // 10]), 0.0) for way in ways]
+
+    monkeypatch.setattr(Assembler, "times", spread)
+    space, other = SPACES["fabric"]().eval(), bn.spaces.resnet_fabric(width=1, channels=4, image_size=8).eval()
+    models = [Latency(table=table).bind(space), Latency(table=table, quantile="p95").bind(space)]
+    models.append(Latency(table=table).bind(other))
+    fulls = [model.full for model in models]
+    assert fulls[1] == pytest.approx(2 * fulls[0])
+    assert fulls[2] < fulls[0]
+    for model in models:
+        model.save()
+    monkeypatch.setattr(Assembler, "times", before)
+    again = [Latency(table=table).bind(space), Latency(table=table, quantile="p95").bind(space)]
+    again.append(Latency(table=table).bind(other))
+    assert [model.full for model in again] == pytest.approx(fulls)
+    assert [len(model.known) for model in again] == [48] * 3
 
 
 class Off:
@@ -320,10 +365,55 @@ def test_limits_hold_as_measured_and_hardly_anything_is_left(share: float, name:
     budget = dataclasses.replace(budget, model=model)
     pool, costs = measured_to_fit(space, [budget], count=6, generator=generator())
     truth = (model.macs(space.used(pool)) * share).tolist()
-    assert costs[budget.name] == pytest.approx(truth)
+    assert [cost for (cost,) in costs] == pytest.approx(truth)
     assert all(1.005 * value <= budget.limit for value in truth)
     assert max(truth) > 0.93 * budget.limit
     assert model.measured <= 40
+
+
+class Stepped(Off):
+    """What is predicted above a cost takes `share` of it, all else nearly what is predicted."""
+
+    def __init__(self, space: bn.SuperNetwork, share: float, above: float) -> None:
+        super().__init__(space, share)
+        self.above = above
+
+    def measure(self, kept: Tensor) -> list[Measured]:
+        costs = self.macs(self.space.used(kept)).tolist()
+        values = [cost * (self.share if cost > self.above else 0.95) for cost in costs]
+        return [Measured(value, 0.99 * value, 1.005 * value) for value in values]
+
+
+def measured(space: bn.SuperNetwork, limit: str, model: Off) -> tuple[bn.budgets.BoundBudget, Tensor]:
+    """The candidates of a space whose most probable architecture is the full one, under a measured limit."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        space.gates.values.copy_(2 * torch.randn_like(space.gates.values).abs())
+    budget = dataclasses.replace(bn.Budget(MACs(), at_most=limit).bind(space), model=model)
+    pool, _ = measured_to_fit(space, [budget], count=6, generator=generator())
+    return budget, pool
+
+
+def test_where_few_networks_lie_below_a_limit_smaller_ones_are_measured():
+    space = bn.spaces.resnet(depth=14, channels=8, image_size=8, gates="layers")
+    budget, pool = measured(space, "90%", model := Off(space, 1.1))  # all that are predicted just below it break it
+    assert all(one.high <= budget.limit for one in model.measure(pool))
+
+
+@pytest.mark.parametrize(("share", "room"), [(1.35, 0.95), (1.2, 0.9), (1.35, 0.8)])
+def test_what_was_measured_to_fit_is_taken_though_nothing_smaller_is_there(share: float, room: float):
+    space = bn.spaces.resnet(depth=8, channels=8, image_size=8)
+    macs = MACs().bind(space)
+    smallest, full = macs(space.used(torch.stack([space.of_edges(())[0], space.architecture("full")[0]]))).tolist()
+    limit = smallest / room
+    budget, pool = measured(space, f"{100 * limit / full:.6f}%", model := Stepped(space, share, 0.97 * limit))
+    assert all(one.high <= budget.limit for one in model.measure(pool))
+
+
+def test_a_limit_that_no_measured_network_keeps_is_told_as_it_was_asked():
+    space = bn.spaces.resnet(depth=8, channels=8, image_size=8)
+    with pytest.raises(UnreachableBudget, match=r"of \d+ networks of resnet that were measured none keeps macs at "):
+        measured(space, "20%", Off(space, 9.0))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, get_args
@@ -14,7 +16,7 @@ from budgetnet.assembly import Assembler, Runtime
 from budgetnet.costs.additive import ChannelCost, EdgeCost, MACs
 from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, openings
 from budgetnet.costs.measured import Measured
-from budgetnet.costs.timetable import Setting, Timetable, fitted
+from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError
 from budgetnet.supernet import SuperNetwork
 from budgetnet.timing import quantile_share
@@ -75,7 +77,8 @@ class Latency:
             ConfigError: the file that was asked for has no folder to be in.
         """
         if not self.table:
-            return replace(self, table=str(folder / f"latency-{self.runtime}-{self.threads}-{self.batch}.json"))
+            where = "" if self.device == "cpu" else f"-{self.device}"
+            return replace(self, table=str(folder / f"latency-{self.runtime}-{self.threads}-{self.batch}{where}.json"))
         if not Path(self.table).parent.is_dir():
             raise ConfigError(f"a table of times needs a folder to be in, got {self.table!r}")
         return self
@@ -133,6 +136,7 @@ class LatencyModel:
         self.modules = replace(cost, runtime="torch").assembler(network) if eager else self.assembler
         channels = MACs().bind(network).channels
         self.sites = {edge: inside for edge, inside in channels.items() if isinstance(inside, ChannelCost)}
+        self.space = self._space()
         self._read()
         self._time_modules()
         self.parts = self._parts()
@@ -149,7 +153,7 @@ class LatencyModel:
     @property
     def full(self) -> float:
         """Milliseconds of the full network as it was measured for the table: what percents are of, then and later."""
-        return self.known[0][1]
+        return self.known[0].seen
 
     @property
     def along_path(self) -> list[float]:
@@ -172,36 +176,50 @@ class LatencyModel:
         used = self.network.used(kept)
         found, speed = self._measured(kept, WHOLE_CALLS)
         seen = [one.value / speed for one in found]
-        before = self(used).tolist() if judge else []
+        before = [time / self.fitted_at for time in self(used).tolist()] if judge else []
         parts = torch.stack([part(used) for part in self.parts.values()], dim=1).tolist()
         self.table.networks += [
-            (dict(zip(self.parts, row, strict=True)), value) for row, value in zip(parts, seen, strict=True)
+            Whole(self.space, dict(zip(self.parts, row, strict=True)), value)
+            for row, value in zip(parts, seen, strict=True)
         ]
         self._fit()
         if judge:
-            apart = [abs(a / self.speed / b - 1) for a, b in zip(before, seen, strict=True)]
-            self.error = float(np.median(apart))
+            self.error = float(np.median([abs(a / b - 1) for a, b in zip(before, seen, strict=True)]))
         self.save()
 
     def save(self) -> None:
-        """Writes the table to its file, once there is a folder for it."""
-        if self.cost.table and Path(self.cost.table).parent.is_dir():
-            self.table.save(Path(self.cost.table))
+        """Writes the table to its file, once there is a folder for it, beside what others have written there."""
+        path = Path(self.cost.table)
+        if self.cost.table and path.parent.is_dir():
+            if path.is_file():
+                self.table.take_up(Timetable.load(path, self.table.setting), but=self.space)
+            self.table.save(path)
 
     @property
-    def known(self) -> list[tuple[dict[str, float], float]]:
-        """The whole networks in the table that are of this space."""
-        return [(parts, seen) for parts, seen in self.table.networks if set(parts) == set(self.parts)]
+    def known(self) -> list[Whole]:
+        """The whole networks in the table that are of this space and quantile."""
+        return [whole for whole in self.table.networks if whole.space == self.space]
+
+    def _space(self) -> str:
+        """What tells spaces apart whose whole networks differ, and the quantile that is told of them."""
+        network, modules = self.network, self.modules
+        edges = [[*ends, modules.edge_kind(edge) if edge in modules.folded else ""]
+                 for edge, ends in enumerate(network.graph.edges)]  # fmt: skip
+        nodes = [modules.kind(network.activations[node], shape) for node, shape in enumerate(network.shapes)]
+        sites = [[site.edge, site.name, *site.sizes] for site in network.sites]
+        content = json.dumps([self.cost.quantile, edges, nodes, sites])
+        return f"{self.cost.quantile} of {network.name} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def _measured(self, kept: Tensor, calls: int) -> tuple[list[Measured], float]:
         """What networks take, and how slow the machine was meanwhile.
 
-        Between which milliseconds they are expected again takes in how fast and slow the machine was before.
+        Between which milliseconds they are expected again takes in how fast the machine mostly was, and its waver.
         """
         ways = [self.assembler.whole(row[None]) for row in kept]
         *timings, yard = self.assembler.times([*ways, self.assembler.yardstick()], calls)
         speed = self._look_at(yard.quantile(0.5), float(np.mean([timing.disturbed for timing in timings])))
-        fast, slow = np.clip(np.quantile(self.speeds, (0.1, 0.9)) / speed, (1 - WAVER, 1), (1, 1 + WAVER)).tolist()
+        fast, slow = np.clip(np.quantile(self.speeds, (0.1, 0.9)) / self.speed, 1 - WAVER, 1 + WAVER).tolist()
+        fast, slow = fast * min(1.0, self.speed / speed), slow * max(1.0, self.speed / speed)
         intervals = [timing.interval(self.share) for timing in timings]
         found = [
             Measured(timing.quantile(self.share), low * fast, high * slow)
@@ -287,10 +305,10 @@ class LatencyModel:
 
     def _fit(self) -> None:
         """Weighs the kinds by the whole networks that were measured."""
-        names = list(self.parts)
-        parts = np.array([[row[name] for name in names] for row, _ in self.known])
-        weights, self.error = fitted(parts, np.array([seen for _, seen in self.known]))
-        weights = weights * self.speed
+        names, self.fitted_at = list(self.parts), self.speed
+        parts = np.array([[whole.parts[name] for name in names] for whole in self.known])
+        weights, self.error = fitted(parts, np.array([whole.seen for whole in self.known]))
+        weights = weights * self.fitted_at
         self.base = float(weights[0])
         pairs = list(zip(self.parts.values(), weights[1:], strict=True))
 

@@ -15,7 +15,7 @@ import torch
 
 from budgetnet.errors import FileError
 
-FORMAT = "budgetnet times of modules, 1"
+FORMAT = "budgetnet times of modules, 2"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of these the one that predicts best what was left out is taken."""
 
@@ -46,6 +46,21 @@ class Setting:
         return cls(runtime=runtime, version=version, processor=name, threads=threads, batch=batch)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A whole network that was measured.
+
+    Attributes:
+        space: what it is an architecture of, and the quantile that was taken.
+        parts: the table's milliseconds of each kind of module in it.
+        seen: its own milliseconds.
+    """
+
+    space: str
+    parts: dict[str, float]
+    seen: float
+
+
 @dataclass
 class Timetable:
     """Milliseconds of modules, each by itself, less what a call takes that computes nothing.
@@ -54,18 +69,31 @@ class Timetable:
         setting: where and how they were measured.
         yardstick: milliseconds of a fixed network then, which tells later whether the machine is slower.
         times: of each kind of module, by how many channels are open at its sites: "" where it has none.
-        networks: whole networks that were measured: the table's milliseconds of each kind in them, and their own.
+        networks: whole networks that were measured, the full one of a space first.
     """
 
     setting: Setting
     yardstick: float
     times: dict[str, dict[str, float]] = field(default_factory=dict)
-    networks: list[tuple[dict[str, float], float]] = field(default_factory=list)
+    networks: list[Whole] = field(default_factory=list)
+
+    def take_up(self, other: Timetable, *, but: str) -> None:
+        """Adds what another table of the same setting has beside it: modules, and networks of all spaces `but` one."""
+        scale = self.yardstick / other.yardstick  # both hold for the machine as it was when its yardstick was taken
+        for kind, times in other.times.items():
+            own = self.times.setdefault(kind, {})
+            own |= {key: value * scale for key, value in times.items() if key not in own}
+        beside = [
+            Whole(each.space, {kind: value * scale for kind, value in each.parts.items()}, each.seen * scale)
+            for each in other.networks
+            if each.space != but
+        ]
+        self.networks = beside + [each for each in self.networks if each.space == but]
 
     def save(self, path: Path) -> None:
         """Writes the file, as a whole or not at all."""
         content = {"format": FORMAT, **vars(self.setting), "yardstick_ms": self.yardstick, "times_ms": self.times}
-        content["networks"] = [{"parts_ms": parts, "ms": seen} for parts, seen in self.networks]
+        content["networks"] = [{"space": each.space, "parts_ms": each.parts, "ms": each.seen} for each in self.networks]
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(content, indent=1) + "\n")
         part.replace(path)
@@ -83,8 +111,12 @@ class Timetable:
                 raise ValueError(f"format {content['format']!r}")
             found = Setting(**{name: content[name] for name in vars(setting)})
             times = {kind: _times(entries) for kind, entries in content["times_ms"].items()}
-            networks = [(_times(each["parts_ms"]), _time(each["ms"])) for each in content["networks"]]
+            networks = [
+                Whole(str(each["space"]), _times(each["parts_ms"]), _time(each["ms"])) for each in content["networks"]
+            ]
             table = cls(found, _time(content["yardstick_ms"]), times, networks)
+            if table.yardstick == 0:
+                raise ValueError("a yardstick of 0 ms")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileError(f"{path} must hold times of modules that budgetnet wrote, got {error}") from error
         for name, value in vars(setting).items():
