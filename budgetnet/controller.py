@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from budgetnet.budgets import Budget, check_reachable
+from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel, Examples
+from budgetnet.delivery import entry
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.evaluation import recalibrate
 from budgetnet.extraction import extract
+from budgetnet.objectives import MOVING
 from budgetnet.options import SearchOptions
 from budgetnet.report.records import Record
 from budgetnet.selection import measured_to_fit
-from budgetnet.session import seeded
 from budgetnet.sites import Policy
-from budgetnet.steering import Steering, Sums
+from budgetnet.steering import Steering, Sums, check_steerable, seeded
 from budgetnet.supernet import SuperNetwork
+
+CORRECTIONS = 10
+"""So many times in a search predicted costs are corrected by what is measured."""
 
 
 class Controller:
@@ -48,10 +54,12 @@ class Controller:
     Attributes:
         limits: what `check_reachable` says of each budget.
         costs: of each budget the mean cost of the architectures that were sampled last, by its name.
+        outcomes: of each budget what the chosen architecture costs, as in result.json; empty before there is one.
         steps: that are over.
 
     Raises:
         ConfigError: an option cannot be kept by a loop of one's own, or gates look at the input.
+        FileError: the file of a cost holds something else.
         UnreachableBudget: no architecture keeps the budgets.
     """
 
@@ -73,16 +81,23 @@ class Controller:
         options = options or SearchOptions()
         if options.distillation:
             raise ConfigError(f"distillation is up to your own loop, got {options.distillation}")
+        if options.target in MOVING:
+            raise ConfigError(f"a {options.target} target starts again each epoch; a loop of one's own has steps")
         asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
+        for budget in asked:
+            if isinstance(budget.cost, Latency) and budget.cost.table:
+                budget.cost.kept_in(Path())  # which refuses a file that could not be written
         options = replace(options, epochs=total_steps).resolved(
             gated=bool(network.sites), drawn=any(budget.drawn for budget in asked)
         )
         assert options.gate_start is not None
         network.gates.reset(options.gate_start)
         bound = [(budget if examples is None else budget.on(examples)).bind(network) for budget in asked]
+        check_steerable(network, bound, options)
         self.limits = check_reachable(network, bound)
         self.steering = Steering(network, bound, options)
         self.steps = self._asked = 0
+        self.outcomes: list[dict[str, Any]] = []
         self.costs: dict[str, float] = {}
         self._examples: int | None = None  # of the batch whose loss is to come
         self._lost = False  # whether a loss was given since the last step
@@ -97,6 +112,11 @@ class Controller:
     def chosen(self) -> Tensor | None:
         """The decisions of the architecture that was chosen, `(1, G)`."""
         return self.steering.chosen
+
+    @property
+    def _search_steps(self) -> int:
+        options = self.steering.options
+        return options.epochs - options.warmup_epochs - options.finetune_epochs
 
     def weights(self) -> list[nn.Parameter]:
         """What the loop's own optimiser learns: all parameters but the gates'."""
@@ -164,6 +184,9 @@ class Controller:
             if self.steering.network.gates.values.grad is None:
                 raise ConfigError("step comes after loss.backward(), got gates without a gradient")
             self.steering.step_gates()
+            searched, every = self.steps + 1 - self.steering.options.warmup_epochs, self._search_steps / CORRECTIONS
+            if searched // every > (searched - 1) // every:
+                self.steering.correct(searched)
         self.steering.gate_optimizer.zero_grad(set_to_none=True)
         self.steps, self._lost = self.steps + 1, False
 
@@ -194,6 +217,7 @@ class Controller:
         best = scores.index(max(scores))
         steering.chosen = pool[best : best + 1]
         used = network.used(steering.chosen)
+        self.outcomes = [entry(budget, steering.chosen, used) for budget in steering.budgets]
         if batches:
             recalibrate(network, lambda x: network.run(x, used), batches)
         network.train(training)
@@ -213,7 +237,9 @@ class Controller:
         """All that `step` changes but the network's own state: to be saved beside it, between two steps."""
         tensors, state = self.steering.state()
         tensors = {name: value.detach().clone() for name, value in tensors.items()}
-        return {"steps": self.steps, "asked": self._asked, **state, "tensors": tensors}
+        limits = [{"limit": budget.limit, "full": budget.full} for budget in self.steering.budgets]
+        own = {"steps": self.steps, "asked": self._asked, "limits": limits, "outcomes": self.outcomes}
+        return {**own, **state, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state_dict` of the same network, budgets and options.
@@ -225,7 +251,14 @@ class Controller:
         steps, asked, tensors = record.whole("steps"), record.whole("asked"), record.record("tensors").values
         if steps < 0 or not all(isinstance(value, Tensor) for value in tensors.values()):
             raise FileError(f"{record.file} must hold tensors and steps >= 0, got step {steps}")
+        limits = [(each.number("limit"), each.number("full")) for each in record.records("limits")]
+        if len(limits) != len(self.steering.budgets):
+            raise FileError(f"{record.file} must have {len(self.steering.budgets)} limits, got {len(limits)}")
+        outcomes = [dict(each.values) for each in record.records("outcomes")]
         self.steering.load_state({name: value.cpu() for name, value in tensors.items()}, state)
+        pairs = zip(self.steering.budgets, limits, strict=True)  # what was measured may be something else by now
+        self.steering.budgets = tuple(replace(budget, limit=limit, full=full) for budget, (limit, full) in pairs)
+        self.outcomes = outcomes
         self.steps, self._asked, self._examples, self._lost = steps, asked, None, False
 
     @torch.no_grad()

@@ -38,7 +38,7 @@ class SearchOptions:
         temperature: of Gumbel, > 0.
         penalty: "price": the price times the relative excess; "batch-activation" (Eq. 1 of Herrmann et al.),
             "const-quad" (Eq. 3), each times the price; "per-gate": each gate's rate is drawn to
-            the limit's share of the full cost, as in ConvNet-AIG.
+            the limit's share of the full cost, as in ConvNet-AIG. All but the first need the estimator gumbel.
         target: how the limit in force comes down: "linear"; "stepped" by `target_fall` of the full cost
             every `target_every` epochs (S1.1); "moving" or "exponential": it follows the batches' own
             cost, from the limit at the start of each epoch (S1.2).
@@ -56,7 +56,8 @@ class SearchOptions:
         milestones: shares of the epochs at which "steps" falls; BSN: 150 and 225 of 300.
         momentum: of SGD on the weights, Nesterov's.
         weight_decay: of the weights; never of the gates.
-        gate_optimizer: "adam" or "sgd" (the papers'; its gradient is of the mean over the batch).
+        gate_optimizer: "adam" or "sgd" (the papers'; its gradient is of the mean over the batch). What decides
+            gates that look at the input learns with the weights instead, and gate_rate and gate_limit are not of it.
         gate_rate: learning rate of the gates.
         gate_start: logit of every gate when sampling starts; 3 keeps an edge with probability 0.953.
         gate_limit: logits are kept in [-gate_limit, gate_limit] so that no gate is out of reach; 0 for no bound.
@@ -68,7 +69,7 @@ class SearchOptions:
         price: "dual" finds it by dual ascent; a number is the papers' lambda, in loss per unit of C / limit.
         proportional, integral: gains of the dual ascent.
         exploration: loss that a nat of entropy is worth when sampling starts; falls to 0 as the limit is reached.
-            Without it the gates settle early on what looked best at first.
+            Without it the gates settle early on what looked best at first. 0 for gates that look at the input.
         anneal: share of the search during which the limit falls from the expected cost to its value.
         candidates: architectures compared on validation data when one is chosen.
         recalibration: batches that set an architecture's batch norms before it is judged.
@@ -179,7 +180,8 @@ class SearchOptions:
     @property
     def finetune_epochs(self) -> int:
         """Epochs of the chosen architecture."""
-        return round(float(self._value("finetune")) * self.epochs)
+        asked = round(float(self._value("finetune")) * self.epochs)
+        return asked if self.finetune is not None else max(0, min(asked, self.epochs - 1 - self.warmup_epochs))
 
     def phase(self, epoch: int) -> str:
         """What an epoch is for: "warmup", "search" or "finetune"."""
@@ -235,6 +237,9 @@ class SearchOptions:
         if drawn:
             defaults = defaults | {"architectures": min(DRAWN, self.batch_size)}
         given = {name: value for name in defaults if (value := getattr(self, name)) is not None}
+        left = self.epochs - 1 - round(given.get("warmup", defaults["warmup"]) * self.epochs)
+        if self.finetune is None and round(defaults["finetune"] * self.epochs) > left:  # what a short run has room for
+            given["finetune"] = max(0, left) / self.epochs
         return replace(self, estimator=estimator, **(defaults | given))
 
     def _value(self, name: str) -> Any:

@@ -25,6 +25,7 @@ from budgetnet.errors import ConfigError
 from budgetnet.options import SearchOptions, resolve_device, resolve_precision
 from budgetnet.runs import RunFolder, next_folder
 from budgetnet.session import Progress, Session
+from budgetnet.steering import check_steerable
 from budgetnet.supernet import SuperNetwork
 from budgetnet.training import Learner
 from budgetnet.version import __version__
@@ -80,6 +81,8 @@ def search(
     for budget in bound:
         if progress and isinstance(budget.model, DrawnModel):
             progress.say(f"{budget.name}: {budget.model.notes['fit']}")
+    if architecture is None:
+        check_steerable(network, bound, options)
     limits = check_reachable(network, bound)
     fixed = named(space, architecture) if isinstance(architecture, str) else architecture
     if fixed is not None:

@@ -25,7 +25,7 @@ from budgetnet.report.run import Run
 from budgetnet.runs import RunFolder
 from budgetnet.selection import keeps, measured_to_fit, room
 from budgetnet.sites import entropy
-from budgetnet.steering import Sums
+from budgetnet.steering import Sums, seeded
 from budgetnet.training import Learner
 
 CHECKPOINT_SECONDS = 60  # within an epoch; where a checkpoint falls changes no result
@@ -164,7 +164,7 @@ class Session:
                 last = time.monotonic()
                 self.save()
         if phase == "search":
-            self.correct()
+            self.learner.correct(self.epoch)
         self.seconds += time.monotonic() - started
         line = self.line(phase)
         self.run.append_metrics(line)
@@ -172,15 +172,6 @@ class Session:
         self.save()
         if progress:
             progress.epoch(line)
-
-    def correct(self) -> None:
-        """Measures some architectures as they are sampled now, where costs are predicted, and learns from them."""
-        for model in [budget.model for budget in self.budgets]:
-            if isinstance(model, LearningModel) and model.each_epoch:
-                kept = self.network.sampled(4 * model.each_epoch, seeded(torch.device("cpu"), 1, self.epoch))
-                kept = kept[self.network.connects(self.network.used(kept))]
-                if len(kept):
-                    model.refit(kept[: model.each_epoch])
 
     def line(self, phase: str) -> dict[str, Any]:
         """What metrics.jsonl keeps of this epoch."""
@@ -342,8 +333,3 @@ def best_of(scores: Sequence[float], rooms: Sequence[float], *, images: int) -> 
     error = sqrt(top * (1 - top) / images)
     return min((room, place) for place, (score, room) in enumerate(zip(scores, rooms, strict=True))
                if score >= top - error)[1]  # fmt: skip
-
-
-def seeded(device: torch.device, seed: int, step: int) -> torch.Generator:
-    """The randomness of one step: a function of the seed and the step, so that none needs to be saved."""
-    return torch.Generator(device).manual_seed((seed << 40) + step)

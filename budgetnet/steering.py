@@ -11,6 +11,7 @@ from torch import Tensor
 
 from budgetnet.budgets import BoundBudget
 from budgetnet.costs.drawn import DrawnModel
+from budgetnet.costs.measured import LearningModel
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.objectives import (
     MOVING,
@@ -27,7 +28,7 @@ from budgetnet.objectives import (
     squared,
 )
 from budgetnet.optimizers import load_optimizer, optimizer_state
-from budgetnet.options import SearchOptions
+from budgetnet.options import DEFAULTS, SearchOptions
 from budgetnet.report.records import Record
 from budgetnet.runs import load_tensors
 from budgetnet.sites import AlwaysOn, Fixed, Gumbel, Policy, Sample, entropy, log_prob
@@ -46,6 +47,37 @@ class Sums:
     costs: list[float] = field(default_factory=list)
     prices: list[float] = field(default_factory=list)  # of each budget, what a sample's excess was worth
     opened: list[float] = field(default_factory=list)  # of each gate, in how many samples
+
+
+def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], options: SearchOptions) -> None:
+    """Raises ConfigError where these gates cannot learn under these budgets as the options, resolved, ask.
+
+    A cost without a gradient, and any cost under the score function, enters by its excess alone and moves only
+    gates that do not look at the input.
+    """
+    names = [budget.name for budget in budgets]
+    if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
+        raise ConfigError(f"a cost has one budget, got {names.count(twice)} of {twice}")
+    if options.target != "linear" and (free := [budget.name for budget in budgets if budget.full == 0]):
+        raise ConfigError(f"a {options.target} target is a share of the full network's cost, whose {free[0]} is 0")
+    if options.estimator == "score":
+        without = names
+    else:
+        used = network.used(network.architecture("full")).requires_grad_()
+        without = [budget.name for budget in budgets if not (budget.exact and budget.model(used).requires_grad)]
+    idle = {"gate_rate": DEFAULTS["conditional"]["gate_rate"], "gate_optimizer": "adam", "gate_limit": 5.0}
+    if network.heads:  # these learn with the weights, by the weights' optimiser
+        idle = {"exploration": 0.0} | ({} if network.independent else idle)
+        for name, default in idle.items():
+            if getattr(options, name) != default:
+                raise ConfigError(f"{name} is of gates that do not look at the input, got {getattr(options, name)}")
+    if network.heads and without:
+        raise ConfigError(f"gates that look at the input need a cost with a gradient, such as macs, got {without[0]}")
+    if options.penalty != "price" and without and not (options.penalty == "per-gate" and options.estimator != "score"):
+        raise ConfigError(
+            f"penalty {options.penalty} needs the estimator gumbel and a cost with a gradient, such as macs, "
+            f"got {without[0]} under {options.estimator}"
+        )
 
 
 class Steering:
@@ -69,8 +101,6 @@ class Steering:
         self.options = options = options.resolved(conditional=bool(network.heads), gated=bool(network.sites))
         assert options.gate_rate is not None
         assert options.proportional is not None
-        if options.target != "linear" and (free := [budget.name for budget in budgets if budget.full == 0]):
-            raise ConfigError(f"a {options.target} target is a share of the full network's cost, whose {free[0]} is 0")
         kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
         self.gate_optimizer = kinds[options.gate_optimizer](
             network.gates.parameters(), lr=options.gate_rate, weight_decay=self.gate_decay
@@ -108,8 +138,8 @@ class Steering:
         assert start is not None
         self.network.gates.reset(start)
         for edge, head in self.network.heads.items():
-            if int(edge) not in self.network.exits:  # an exit begins as it was made: mostly closed
-                head.reset(start)  # type: ignore[operator]
+            if int(edge) not in self.network.exits and (reset := getattr(head, "reset", None)):
+                reset(start)  # an exit, and what has no start, begins as it was made
         generator = torch.Generator().manual_seed(self.options.seed)
         used = self.network.used(self.network.sampled(1024, generator))
         self.starts = [float(budget.model(used).mean()) for budget in self.budgets]
@@ -150,7 +180,7 @@ class Steering:
         sums.prices = [a + b for a, b in zip(sums.prices or [0.0] * len(asked), asked, strict=True)]
         used = network.pathwise(kept) if pathwise else network.used(kept)
         costs = [self._cost(budget, used, kept, x) for budget in self.budgets]
-        direct = losses.mean()
+        direct = losses.mean() if pathwise else losses.new_zeros(())
         penalty = torch.zeros_like(costs[0].detach())
         sampled = not pathwise
         for place, (budget, price, cost, limit) in enumerate(
@@ -168,19 +198,17 @@ class Steering:
         hard = kept.detach()
         opened = hard.sum(dim=0).tolist()
         sums.opened = [a + b for a, b in zip(sums.opened or [0.0] * len(opened), opened, strict=True)]
-        if sampled:
-            if network.heads:
-                raise ConfigError("a cost without a gradient needs gates that do not look at the input")
+        exploring = float(self.options.exploration or 0.0) * (1 - progress)
+        if sampled or exploring:
             hard = (hard > 0.5).to(hard)
             logits, relevant = network.gates.logits, network.relevant(hard)
+        if sampled:
             loss = torch.zeros_like(penalty) if pathwise else per_architecture(losses, len(kept))
             penalty = penalty.to(losses)
             baseline = self._baseline(float((loss.detach() + penalty).mean()))
-            weighed = score_function_loss(loss, penalty, log_prob(logits, hard, relevant), baseline=baseline)
-            direct = direct + weighed if pathwise else weighed
-            # while the limit still falls, undecided gates are worth something; at the end they are not
-            undecided = (relevant @ entropy(logits)).mean()
-            direct = direct - float(self.options.exploration or 0.0) * (1 - progress) * undecided
+            direct = direct + score_function_loss(loss, penalty, log_prob(logits, hard, relevant), baseline=baseline)
+        if exploring:  # while the limit still falls, undecided gates are worth something; at the end they are not
+            direct = direct - exploring * (relevant @ entropy(logits)).mean()
         sums.samples += len(kept)
         sums.connected += float(network.connects(used.detach()).sum())
         sums.costs = [a + float(b.detach().sum()) for a, b in zip(sums.costs or [0.0] * len(costs), costs, strict=True)]
@@ -191,6 +219,19 @@ class Steering:
         self.gate_optimizer.step()
         if self.options.gate_limit:
             self.network.gates.clamp(self.options.gate_limit)
+
+    def correct(self, place: int) -> None:
+        """Measures some architectures as they are sampled now, where costs are predicted, and learns from them.
+
+        Args:
+            place: in the search, the same for the same samples.
+        """
+        for model in [budget.model for budget in self.budgets]:
+            if isinstance(model, LearningModel) and model.each_epoch:
+                kept = self.network.sampled(4 * model.each_epoch, seeded(torch.device("cpu"), 1, place))
+                kept = kept[self.network.connects(self.network.used(kept))]
+                if len(kept):
+                    model.refit(kept[: model.each_epoch])
 
     def _cost(self, budget: BoundBudget, used: Tensor, kept: Tensor, x: Tensor | None) -> Tensor:
         """Costs of the samples, `(K,)`: with a gradient where there is one, else of decisions that are 0 or 1."""
@@ -210,6 +251,8 @@ class Steering:
             return const_quad(cost / budget.full, share)
         if self.options.penalty == "per-gate":
             return per_gate(kept, share)
+        if self.options.price != "dual":  # nothing takes a fixed price back once the limit is kept
+            return budget.penalty(cost, limit).mean()
         excess = cost.mean() / limit - 1
         return excess if budget.upper else squared(excess)
 
@@ -274,3 +317,8 @@ class Steering:
         """The costs that are predicted by what was drawn, by the budget's place."""
         models = {place: budget.model for place, budget in enumerate(self.budgets)}
         return {place: model for place, model in models.items() if isinstance(model, DrawnModel)}
+
+
+def seeded(device: torch.device, seed: int, step: int) -> torch.Generator:
+    """The randomness of one step: a function of the seed and the step, so that none needs to be saved."""
+    return torch.Generator(device).manual_seed((seed << 40) + step)

@@ -15,8 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import budgetnet as bn
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
-from budgetnet.session import seeded
-from budgetnet.steering import Sums
+from budgetnet.steering import Sums, seeded
 from budgetnet.training import Learner
 
 ROOT = Path(__file__).parents[1]
@@ -289,6 +288,41 @@ def test_costs_that_read_examples_get_those_of_the_step():
         one.loss(cross_entropy(output, y, reduction="none"), kept)
 
 
+def test_predictions_of_a_measured_cost_are_corrected_on_the_way_and_what_was_chosen_is_measured(tmp_path):
+    calls: list[str] = []
+
+    def weight(network: nn.Module) -> float:
+        calls.append(one.phase if begun else "before")
+        return float(sum(value.numel() for value in network.parameters()))
+
+    begun = False
+    one = controller(fabric, bn.Budget(bn.costs.Function(weight), at_most="60%"), total_steps=40)
+    begun = True
+    optimizer = sgd(one)
+    while one.phase != "choose":
+        step(one, optimizer, one.steps)
+    one.choose(small)
+    (outcome,) = one.outcomes
+    plain = one.network()
+    assert outcome["value"] == float(sum(value.numel() for value in plain.parameters()))
+    assert outcome["met"]
+    assert outcome["value"] <= outcome["limit"] == one.limits[0]["limit"]
+    again = controller(fabric, bn.Budget(bn.costs.Function(weight), at_most="30%"), total_steps=40)
+    again.load_state_dict(one.state_dict())
+    assert again.outcomes == one.outcomes
+    assert again.steering.budgets[0].limit == one.steering.budgets[0].limit
+
+
+def test_latencies_are_measured_on_the_way(monkeypatch):
+    seen: list[int] = []
+    one = controller(fabric, "macs<=60%", total_steps=60)
+    monkeypatch.setattr(one.steering, "correct", seen.append)
+    optimizer = sgd(one)
+    while one.phase != "choose":
+        step(one, optimizer, one.steps)
+    assert seen == list(range(3, 31, 3))  # 30 steps of search
+
+
 def test_only_gates_are_the_controllers():
     one = controller(gated)
     gates = {id(value) for value in one.steering.network.gates.parameters()}
@@ -383,6 +417,7 @@ def test_misuse_behind_the_search_is_one_line():
         ({"total_steps": 0}, "total_steps must be a whole number >= 1, got 0"),
         ({"total_steps": 1.5}, r"total_steps must be a whole number >= 1, got 1\.5"),
         ({"options": {"distillation": 1.0}}, r"distillation is up to your own loop, got 1\.0"),
+        ({"options": {"target": "moving"}}, "a moving target starts again each epoch; a loop of one's own has steps"),
     ],
 )
 def test_a_controller_that_cannot_be_is_one_line(given, line):
@@ -395,6 +430,10 @@ def test_a_controller_of_nothing_or_of_what_cannot_be_is_one_line():
         bn.Controller(fabric(), [], total_steps=10)
     with pytest.raises(UnreachableBudget, match="macs must be at most 3 MAC, but the smallest network"):
         bn.Controller(fabric(), ["macs<=3"], total_steps=10)
+    with pytest.raises(ConfigError, match="a cost has one budget, got 2 of macs"):
+        bn.Controller(fabric(), ["macs<=50%", "macs<=40%"], total_steps=10)
+    with pytest.raises(ConfigError, match=r"a table of times needs a folder to be in, got '/no/such/times\.json'"):
+        bn.Controller(fabric(), ["latency[table=/no/such/times.json]<=50%"], total_steps=10)
     conditional = bn.spaces.resnet(depth=8, channels=4, in_channels=1, image_size=8, gates="layers", conditional=True)
     with pytest.raises(ConfigError, match="a controller learns gates that do not look at the input, and resnet has"):
         bn.Controller(conditional, ["macs<=50%"], total_steps=10)
@@ -407,6 +446,7 @@ def test_a_controller_of_nothing_or_of_what_cannot_be_is_one_line():
         (lambda state: state.update(steps=-1), "must hold tensors and steps >= 0, got step -1"),
         (lambda state: state["tensors"].update(other=torch.zeros(1)), "it has 'other', which no run writes"),
         (lambda state: state["prices"].clear(), "must have 1 prices, got 0"),
+        (lambda state: state["limits"].clear(), "must have 1 limits, got 0"),
     ],
 )
 def test_a_state_of_something_else_is_one_line(change, line):

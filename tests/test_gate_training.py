@@ -13,7 +13,7 @@ from budgetnet.errors import ConfigError
 from budgetnet.gated import memory_format
 from budgetnet.inference import Inference
 from budgetnet.runs import RunFolder
-from budgetnet.sites import AlwaysOn, Gumbel, log_prob
+from budgetnet.sites import AlwaysOn, Gumbel, entropy, log_prob
 from budgetnet.training import Learner, Sums
 
 small_resnet = partial(bn.spaces.resnet, depth=8, channels=4, image_size=8, in_channels=1)
@@ -81,26 +81,41 @@ def test_options_of_gates_are_checked_when_they_are_made(name, value):
 @pytest.mark.parametrize(
     ("penalty", "expected"),
     [
-        ("price", lambda cost, full, limit, kept: cost.mean() / limit - 1),
+        ("price", lambda cost, full, limit, kept: objectives.hinge(cost / limit - 1).mean()),
         ("batch-activation", lambda cost, full, limit, kept: objectives.batch_activation(cost / full, limit / full)),
         ("const-quad", lambda cost, full, limit, kept: objectives.const_quad(cost / full, limit / full)),
         ("per-gate", lambda cost, full, limit, kept: objectives.per_gate(kept, limit / full)),
     ],
 )
-def test_under_gumbel_loss_and_differentiable_costs_enter_as_they_are(penalty, expected):
-    """The objective and its gradient are those of the formula on the same sample."""
-    one = learner(small_resnet, penalty=penalty, price=3.0)
+@pytest.mark.parametrize("limit", ["50%", "95%"], ids=["over", "under"])
+def test_under_gumbel_loss_and_differentiable_costs_enter_as_they_are(penalty, expected, limit):
+    """The objective and its gradient are those of the formula on the same sample, over the limit and under it."""
+    one = learner(small_resnet, f"macs<={limit}", penalty=penalty, price=3.0)
     one.begin_search()
     losses, kept = sampled(one)
     value = one.search_objective(losses, kept, 1.0, 0.0, Sums())
     (gradient,) = torch.autograd.grad(value, one.network.gates.values, retain_graph=True)
     budget = one.budgets[0]
     cost = budget.model(one.network.pathwise(kept))
+    assert (cost.mean() > budget.limit) == (limit == "50%")
     by_hand = losses.mean() + 3.0 * expected(cost, budget.full, budget.limit, kept)
     (reference,) = torch.autograd.grad(by_hand, one.network.gates.values)
     torch.testing.assert_close(value, by_hand)
     torch.testing.assert_close(gradient, reference)
     assert gradient.abs().sum() > 0
+
+
+def test_const_quad_asks_nothing_of_a_batch_below_its_target():
+    """Eq. 3 is 0 there, where Eq. 1 pulls gates open."""
+    gradients = []
+    for penalty in ("const-quad", "batch-activation"):
+        one = learner(small_resnet, "macs<=95%", penalty=penalty, price=100.0)
+        one.begin_search()
+        losses, kept = sampled(one)
+        objective = one.search_objective(losses, kept, 1.0, 0.0, Sums()) - losses.mean()
+        gradients.append(torch.autograd.grad(objective, one.network.gates.values)[0])
+    assert not gradients[0].any()
+    assert (gradients[1] < 0).all()
 
 
 def test_a_cost_without_a_gradient_enters_through_the_score_function():
@@ -118,10 +133,66 @@ def test_a_cost_without_a_gradient_enters_through_the_score_function():
     gradients = [torch.autograd.grad(v, one.network.gates.values, retain_graph=True)[0] for v in (value, by_hand)]
     torch.testing.assert_close(*gradients)
     assert penalty.std() > 0
-    conditional = learner(partial(small_resnet, conditional=True), "steps:2<=90%")
-    conditional.begin_search()
-    with pytest.raises(ConfigError, match="a cost without a gradient needs gates that do not look at the input"):
-        step(conditional)
+
+
+def test_exploration_pulls_gates_under_gumbel_too():
+    losses_of = {}
+    for weight in (0.0, 0.8):
+        one = learner(small_resnet, price=0.0, exploration=weight)
+        one.begin_search()
+        losses, kept = sampled(one)
+        losses_of[weight] = one.search_objective(losses, kept, 0.25, 0.0, Sums())
+    hard, gates = (kept.detach() > 0.5).float(), one.network.gates.logits
+    undecided = (one.network.relevant(hard) @ entropy(gates)).mean()
+    torch.testing.assert_close(losses_of[0.8] - losses_of[0.0], -0.8 * 0.75 * undecided.double())
+
+
+small_fabric = partial(bn.spaces.resnet_fabric, width=1, channels=4, image_size=8, in_channels=1, classes=10)
+by_input = partial(small_resnet, conditional=True)
+
+
+@pytest.mark.parametrize(
+    ("space", "budgets", "options", "message"),
+    [
+        (by_input, ["steps:2<=90%"], {}, "need a cost with a gradient, such as macs, got steps:2"),
+        (small_fabric, ["macs<=50%"], {"penalty": "const-quad"}, "const-quad needs .*, got macs under score"),
+        (small_fabric, ["macs<=50%"], {"penalty": "per-gate"}, "per-gate needs .*, got macs under score"),
+        (small_resnet, ["steps:2<=90%"], {"penalty": "batch-activation"}, "needs .*, got steps:2 under gumbel"),
+        (by_input, ["macs<=50%"], {"gate_rate": 5.0}, "gate_rate is of gates that do not look at the input, got 5.0"),
+        (by_input, ["macs<=50%"], {"gate_optimizer": "sgd"}, "gate_optimizer is of gates that do not look"),
+        (by_input, ["macs<=50%"], {"gate_limit": 1.0}, "gate_limit is of gates that do not look"),
+        (by_input, ["macs<=50%"], {"exploration": 0.1}, "exploration is of gates that do not look"),
+        (small_resnet, ["macs<=50%", "macs~=48%"], {}, "a cost has one budget, got 2 of macs"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_learned_is_said_before_anything_begins(space, budgets, options, message, tmp_path):
+    data, out = bn.data.load("digits"), tmp_path / "run"
+    with pytest.raises(ConfigError, match=message):
+        bn.search(space(), data, budgets, bn.SearchOptions(epochs=2, **options), out=out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["score", "gated", "conditional"])
+@pytest.mark.parametrize("epochs", range(1, 12))
+def test_default_phases_fit_into_every_run(kind, epochs):
+    found = bn.SearchOptions(epochs=epochs).resolved(conditional=kind == "conditional", gated=kind == "gated")
+    phases = [found.phase(epoch) for epoch in range(epochs)]
+    assert "search" in phases
+    assert found.resolved(conditional=kind == "conditional", gated=kind == "gated") == found
+    assert bn.SearchOptions(epochs=4, warmup=0.5).resolved(conditional=True).warmup_epochs == 2
+
+
+@pytest.mark.parametrize("estimator", ["score", "gumbel"])
+def test_open_gates_are_counted_over_all_samples(estimator):
+    one = learner(small_resnet, estimator=estimator)
+    one.begin_search()
+    sums, opened = Sums(), torch.zeros(one.network.gate_count)
+    for seed in range(2):
+        losses, kept = sampled(one, seed)
+        one.search_objective(losses, kept, 1.0, 0.0, sums)
+        opened += kept.detach().sum(dim=0)
+    assert sums.opened == opened.tolist()
+    assert sums.samples == 32
 
 
 def test_the_score_function_learns_channel_gates():

@@ -9,7 +9,7 @@ import torch
 import budgetnet as bn
 from budgetnet.objectives import example_losses
 from budgetnet.options import SearchOptions
-from budgetnet.session import seeded
+from budgetnet.steering import seeded
 from budgetnet.sites import entropy
 from budgetnet.training import Learner, Sums
 
