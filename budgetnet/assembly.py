@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Literal
@@ -11,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from budgetnet.export import onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
@@ -26,6 +27,10 @@ Run = Callable[[], object]
 YARDSTICK = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1))
 YARD = (16, 32, 32)
 """What it takes: channels, height and width."""
+
+
+BASE = frozenset(vars(nn.Module()))
+"""What every module has."""
 
 
 class Assembler:
@@ -55,8 +60,9 @@ class Assembler:
 
     @staticmethod
     def kind(module: nn.Module, shape: Shape) -> str:
-        """What tells modules apart whose times differ: their layers and the shape of what they take."""
-        return f"{' '.join(repr(module).split())} on {'x'.join(map(str, shape))}"
+        """What tells modules apart that compute something else, weights aside: their layers and their input's shape."""
+        own = "".join(f" {told}" for part in module.modules() if (told := untold(part)))
+        return f"{' '.join(repr(module).split())}{own} on {'x'.join(map(str, shape))}"
 
     def edge_kind(self, edge: int) -> str:
         """The kind of an edge's module with all its channels."""
@@ -220,6 +226,17 @@ class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
         return x + x
+
+
+def untold(module: nn.Module) -> str:
+    """What the printed form of a module of one's own, or of a traced one, need not tell: its numbers, its code."""
+    if type(module).__module__.startswith("torch.nn."):
+        return ""
+    if isinstance(module, fx.GraphModule):
+        return hashlib.sha256(module.code.encode()).hexdigest()[:12]
+    plain = (bool, int, float, str, tuple)
+    own = {name: value for name, value in vars(module).items() if name not in BASE and isinstance(value, plain)}
+    return repr(sorted(own.items())) if own else ""
 
 
 def passes(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from budgetnet.costs import Activation, Latency, Layers, MACs, Memory, Params, Schedule, Steps, Transfer
 from budgetnet.costs.drawn import DrawnModel, Examples
 from budgetnet.costs.function import Function, function_in
+from budgetnet.costs.measured import MeasuredModel
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.objectives import hinge, squared
 from budgetnet.supernet import SuperNetwork
@@ -251,7 +252,7 @@ def cost_name(cost: Cost) -> str:
 
 
 def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> list[dict[str, Any]]:
-    """The cost of the smallest, the expected and the full network beside each limit.
+    """The cost of the smallest, the expected and the full network beside each limit, as measured where it can be.
 
     Returns:
         For each budget `{"cost", "unit", "limit", "smallest", "bound", "expected", "full"}`; the expected cost
@@ -267,12 +268,16 @@ def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> li
     sampled = network.used(network.sampled(1024, generator))
     rows = []
     for budget in budgets:
-        path = network.used(budget.cheapest(network))
-        smallest = float(budget.model(path)[0])
+        cheapest = budget.cheapest(network)
+        path = network.used(cheapest)
+        smallest = least = float(budget.model(path)[0])
         costs, monotone = budget.model(sampled), bool(getattr(budget.model, "monotone", True))
         if not monotone:
             smallest = min([smallest, budget.full, *costs[network.connects(sampled)].tolist()])
-        if monotone and smallest > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
+        elif isinstance(budget.model, MeasuredModel):
+            found = budget.model.measure(cheapest)[0]
+            smallest, least = found.value, found.low
+        if monotone and least > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
             raise UnreachableBudget(
                 f"{budget.name} must be {'at most' if budget.upper else 'near'} {budget.limit:.6g} {budget.unit}, but "
                 f"the smallest network of {network.name} takes {smallest:.6g}: {_binding(network, budget, path)}"

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import budgetnet as bn
 from budgetnet.assembly import Assembler
-from budgetnet.budgets import _limit, cost_name, parse_cost
+from budgetnet.budgets import _limit, check_reachable, cost_name, parse_cost
 from budgetnet.costs import Latency, MACs
 from budgetnet.costs.channel_time import channel_time, counts_key, openings
 from budgetnet.costs.latency import LatencyModel, widely
@@ -414,6 +414,46 @@ def test_a_limit_that_no_measured_network_keeps_is_told_as_it_was_asked():
     space = bn.spaces.resnet(depth=8, channels=8, image_size=8)
     with pytest.raises(UnreachableBudget, match=r"of \d+ networks of resnet that were measured none keeps macs at "):
         measured(space, "20%", Off(space, 9.0))
+
+
+def test_a_limit_is_refused_by_what_the_smallest_network_really_takes():
+    space = bn.spaces.resnet(depth=8, channels=8, image_size=8)
+    budget = bn.Budget(MACs(), at_most="12%").bind(space)
+    assert check_reachable(space, [budget])[0]["smallest"] < budget.limit
+    slower = dataclasses.replace(budget, model=Off(space, 1.5))
+    with pytest.raises(UnreachableBudget, match="smallest network of resnet takes"):
+        check_reachable(space, [slower])
+    twice = dataclasses.replace(slower, limit=2 * slower.limit)
+    [row] = check_reachable(space, [twice])
+    assert row["smallest"] == pytest.approx(1.5 * budget.model(space.used(budget.cheapest(space)))[0])
+
+
+class Scale(nn.Module):
+    """Nothing of what it does is in its printed form."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+def test_modules_of_ones_own_are_told_apart():
+    edges = [bn.Edge(start="x", end="a", module=nn.Conv2d(3, 3, 1), fixed=True)]
+    edges += [bn.Edge(start="a", end="y", module=Scale(by), name=f"by{by:g}") for by in (2.0, 100.0)]
+    space = bn.SuperNetwork(edges, input_shape=(3, 8, 8)).eval()
+    assembler = Assembler(space, runtime="onnxruntime", threads=1, batch=1, device="cpu")
+    x = torch.randn(1, 3, 8, 8)
+    for kept in torch.eye(2):
+        session = onnx_session(assembler.onnx_model(kept[None]).SerializeToString(), 1)
+        torch.testing.assert_close(
+            torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), extract(space, kept[None])(x).detach()
+        )
+    same = bn.spaces.resnet_fabric(width=2, channels=4, image_size=8)
+    assembler = Assembler(same, runtime="torch", threads=1, batch=1, device="cpu")
+    kinds = {assembler.edge_kind(edge) for edge in assembler.edges}
+    assert (len(assembler.edges), len(kinds)) == (26, 11)  # those that are alike are timed once
 
 
 @pytest.mark.parametrize(
