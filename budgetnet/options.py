@@ -43,6 +43,8 @@ class SearchOptions:
             every `target_every` epochs (S1.1); "moving" or "exponential": it follows the batches' own
             cost, from the limit at the start of each epoch (S1.2).
         target_fall, target_every: of the stepped target.
+        target_start: share of the full cost where a stepped target begins, and a moving one in each epoch; None
+            for 1, and for the limit's own share.
         gate_decay: weight decay of the gates; "papers" for 20 / G * 1e-4.
         distillation: weight of the loss that draws samples, and the chosen network, to what the full
             network predicts for the same images; 0 for none. The full network learns beside its samples.
@@ -88,6 +90,7 @@ class SearchOptions:
     target: Literal["linear", "stepped", "moving", "exponential"] = "linear"
     target_fall: float = 0.05
     target_every: int = 5
+    target_start: float | None = None
     gate_decay: float | Literal["papers"] = 0.0
     distillation: float = 0.0
     epochs: int = 30
@@ -136,6 +139,11 @@ class SearchOptions:
         for name in ("warmup", "finetune", "anneal", "momentum"):
             _check(name, self._value(name), least=0, below=1 if name != "anneal" else None)
         _check("gate_start", self._value("gate_start"))
+        if self.target_start is not None:
+            _check("target_start", self.target_start, least=0)
+            if self.target_start > 1 or self.target == "linear":
+                whole = "a share of the full cost, of a stepped or moving target"
+                raise ConfigError(f"target_start must be {whole}, got {self.target_start} with {self.target}")
         if self.gate_decay != "papers":
             _check("gate_decay", self.gate_decay, least=0)
         if isinstance(self.temperature, bool) or not (

@@ -108,7 +108,10 @@ class Steering:
         fixed = None if options.price == "dual" else options.price
         self.prices = [Price(options.proportional, options.integral, fixed) for _ in budgets]
         moving = options.target in MOVING
-        self.targets = [MovingTarget(b.limit / b.full, kind=options.target) for b in budgets if moving]
+        begin = options.target_start
+        self.targets = [
+            MovingTarget(b.limit / b.full if begin is None else begin, kind=options.target) for b in budgets if moving
+        ]
         self.starts: list[float] = []
         self.average: float | None = None
         self.chosen: Tensor | None = None
@@ -154,8 +157,10 @@ class Steering:
         if self.targets:
             return [target.value * budget.full for target, budget in zip(self.targets, self.budgets, strict=True)]
         if self.options.target == "stepped":
-            fall, every = self.options.target_fall, self.options.target_every
-            shares = [SteppedTarget(min(1.0, b.limit / b.full), fall=fall, every=every) for b in self.budgets]
+            fall, every, begin = self.options.target_fall, self.options.target_every, self.options.target_start
+            ends = [min(1.0, b.limit / b.full) for b in self.budgets]
+            starts = [1.0 if begin is None else max(begin, end) for end in ends]
+            shares = [SteppedTarget(a, start=b, fall=fall, every=every) for a, b in zip(ends, starts, strict=True)]
             return [share(epochs) * budget.full for share, budget in zip(shares, self.budgets, strict=True)]
         return [annealed(start, b.limit, progress) for start, b in zip(self.starts, self.budgets, strict=True)]
 

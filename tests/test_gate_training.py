@@ -237,6 +237,23 @@ def test_each_target_comes_down_in_its_own_way():
         assert one.limits(0.0) == [limit]
 
 
+def test_where_targets_start_can_be_said():
+    """A stepped one falls from there, a moving one begins each epoch there."""
+    stepped = learner(small_resnet, "macs<=50%", target="stepped", target_fall=0.1, target_every=1, target_start=0.8)
+    full = stepped.budgets[0].full
+    assert [stepped.limits(0.0, epochs)[0] / full for epochs in range(5)] == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.5])
+    moving = learner(small_resnet, "macs<=50%", target="moving", target_start=0.3)
+    assert moving.limits(0.0)[0] == pytest.approx(0.3 * full)
+    moving.begin_search()
+    step(moving)
+    assert moving.limits(0.0)[0] > 0.3 * full
+    moving.begin_epoch()
+    assert moving.limits(0.0)[0] == pytest.approx(0.3 * full)
+    for options in ({"target_start": 0.5}, {"target_start": 1.5, "target": "stepped"}):
+        with pytest.raises(ConfigError, match="target_start must be a share of the full cost, of a stepped or moving"):
+            bn.SearchOptions(**options)
+
+
 def test_weight_decay_of_gates_follows_the_rule():
     assert learner(small_resnet).gate_optimizer.param_groups[0]["weight_decay"] == 0
     one = learner(small_resnet, gate_decay="papers")

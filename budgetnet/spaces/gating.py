@@ -33,7 +33,7 @@ class Gating:
         conditional: gates look at the input of their branch.
         logits: learned for each gate: 1, or 2 of which the difference counts (section 3.2).
         memory: the conditional gates of a branch see each other's tentative decisions (S1.3).
-        lock: the hidden gates of identical branches are shared (S1.3).
+        lock: identical branches share the gates of corresponding channels, at every site (S1.3).
 
     Raises:
         ConfigError: an option is outside its range, or asks something of gates that there are not.

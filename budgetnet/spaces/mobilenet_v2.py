@@ -61,7 +61,7 @@ def mobilenet_v2(
         conditional: gates look at the input of their block.
         logits: learned for each gate, 1 or 2.
         memory: conditional gates of a block see each other's tentative decisions.
-        lock: identical blocks of a stage, all but its first, share their expanded channels' gates.
+        lock: identical blocks of a stage, all but its first, share their gates, and end as identical, smaller ones.
         task: "classification".
 
     Raises:
@@ -135,12 +135,12 @@ def inverted_residual(
     at_input, at_expanded, at_output = granularity
     layers: list[nn.Module] = []
     if expansion > 1:
-        layers += gating.site("input", into, at_input, always_open=always_open)
+        layers += gating.site("input", into, at_input, always_open=always_open, alike=alike)
         layers += conv_layers(into, hidden, kernel=1, activation=nn.ReLU6())
     layers += conv_layers(hidden, hidden, stride=stride, groups=hidden, activation=nn.ReLU6())
     layers += gating.site("expanded", hidden, at_expanded, always_open=always_open, alike=alike)
     layers += conv_layers(hidden, out, kernel=1)
-    return layers + gating.site("output", out, at_output, always_open=always_open)
+    return layers + gating.site("output", out, at_output, always_open=always_open, alike=alike)
 
 
 def rounded(channels: float) -> int:

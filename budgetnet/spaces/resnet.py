@@ -57,7 +57,7 @@ def resnet(
         conditional: gates look at the input of their block.
         logits: learned for each gate, 1 or 2.
         memory: conditional gates of a block see each other's tentative decisions.
-        lock: identical blocks of a group share their hidden gates.
+        lock: identical blocks of a group share their gates, and end as identical, smaller ones.
         shortcut: where the shape changes, "projection" (1x1 convolution and batch norm) or "identity"
             (every other pixel, and zeros for new channels).
         task: "classification".
@@ -146,7 +146,7 @@ def branch(
     """The layers of a residual branch of `widths` (into, hidden, out), with gates behind each convolution."""
     into, hidden, out = widths
     inside, ends = granularity
-    layers = gating.site("input", into, ends)
+    layers = gating.site("input", into, ends, alike=alike)
     if bottleneck:
         layers += conv_layers(into, hidden, kernel=1, activation=nn.ReLU())
         layers += gating.site("hidden0", hidden, inside, alike=alike)
@@ -157,7 +157,7 @@ def branch(
         layers += conv_layers(into, hidden, stride=stride, activation=nn.ReLU())
         layers += gating.site("hidden0", hidden, inside, alike=alike)
         layers += conv_layers(hidden, out)
-    return layers + gating.site("output", out, ends)
+    return layers + gating.site("output", out, ends, alike=alike)
 
 
 def beside(start: str, end: str, widths: tuple[int, int], stride: int, shortcut: str) -> Edge:
