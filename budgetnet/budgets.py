@@ -212,7 +212,7 @@ def parse_cost(text: str) -> Cost:
     if (own := function_in(text, taken=COSTS)) is not None:
         return own
     match = re.fullmatch(
-        r"(?P<name>\w+)(?:\.(?P<part>\w+))?(?::(?P<short>[^\[\]:]+)|\[(?P<options>[^\[\]]*)\])?", text.strip()
+        r"(?P<name>\w+)(?:\.(?P<part>\w+(?:\.\d+)?))?(?::(?P<short>[^\[\]:]+)|\[(?P<options>[^\[\]]*)\])?", text.strip()
     )
     if match is None or match["name"] not in COSTS:
         raise ConfigError(f"costs are {', '.join(COSTS)} (steps:2, steps[workers=2]), got {text!r}")

@@ -81,7 +81,7 @@ def quantile_share(name: str) -> float:
     Raises:
         ConfigError: it is neither.
     """
-    match = re.fullmatch(r"p(\d{1,2}(?:\.\d+)?)", name)
+    match = re.fullmatch(r"p(\d{1,2}(?:\.\d+)?)", str(name))
     if name != "median" and (match is None or not 0 < float(match[1]) < 100):
         raise ConfigError(f"a quantile is median or p1 to p99, such as latency.p95, got {name!r}")
     return 0.5 if match is None else float(match[1]) / 100

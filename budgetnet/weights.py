@@ -20,7 +20,9 @@ COUNTER = "num_batches_tracked"
 def load_torchvision(network: SuperNetwork, state: Mapping[str, Tensor]) -> None:
     """Copies the weights and running statistics of torchvision's network of the same form into this one.
 
-    Gates, and what decides them, stay as they are. Nothing is copied unless everything fits.
+    Gates, and what decides them, stay as they are. Nothing is copied unless everything fits. The weights were learned
+    on images less torchvision's mean, over its standard deviation; budgetnet's own batches lie in [-1, 1], so a search
+    has to teach the first layers anew: give it a warm-up, or feed such images in a loop of one's own (`Controller`).
 
     Args:
         network: of the space resnet with depth 18, 34, 50 or 101, or of the space mobilenet_v2.

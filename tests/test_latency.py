@@ -461,6 +461,7 @@ def test_modules_of_ones_own_are_told_apart():
     [
         ("latency", Latency()),
         ("latency.p95", Latency(quantile="p95")),
+        ("latency.p99.9", Latency(quantile="p99.9")),
         ("latency:torch", Latency(runtime="torch")),
         ("latency.p90[threads=2,batch=8]", Latency(quantile="p90", threads=2, batch=8)),
     ],
@@ -483,8 +484,8 @@ def test_limits_are_times(limit: str, number: float):
         ("macs<=2ms", "a limit in MAC must be a number > 0, with K, M, G or % behind it, got '2ms'"),
         ("latency.mean<=2ms", "a quantile is median or p1 to p99"),
         ("latency:jax<=2ms", "runtime must be onnxruntime, torch, compiled, got 'jax'"),
-        ("latency[threads=0]<=2ms", "threads must be >= 1, got 0"),
-        ("latency[batch=0]<=2ms", "batch must be >= 1, got 0"),
+        ("latency[threads=0]<=2ms", "threads must be a whole number >= 1, got 0"),
+        ("latency[batch=0]<=2ms", "batch must be a whole number >= 1, got 0"),
         ("latency[device=cuda]<=2ms", "measured on cpu, or of torch on cuda, got onnxruntime on 'cuda'"),
         ("latency[device=tpu]<=2ms", "measured on cpu, or of torch on cuda"),
         ("macs.p95<=2M", "macs has no parts"),
@@ -494,6 +495,21 @@ def test_wrong_limits_give_one_clear_line(text: str, line: str):
     with pytest.raises(ConfigError, match=line) as caught:
         bn.Budget.parse(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"threads": "2"}, "threads must be a whole number >= 1, got '2'"),
+        ({"threads": 1.5}, r"threads must be a whole number >= 1, got 1\.5"),
+        ({"batch": True}, "batch must be a whole number >= 1, got True"),
+        ({"table": 5}, "table must be the path of a file as a text, got 5"),
+        ({"quantile": 95}, "a quantile is median or p1 to p99, such as latency.p95, got 95"),
+    ],
+)
+def test_wrong_options_give_one_clear_line(given: dict[str, object], line: str):
+    with pytest.raises(ConfigError, match=line):
+        Latency(**given)  # type: ignore[arg-type]
 
 
 def test_gates_that_look_at_the_input_have_no_latency_of_their_own():

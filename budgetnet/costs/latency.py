@@ -66,8 +66,11 @@ class Latency:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("latency on cuda needs a CUDA device, found none")
         for name in ("threads", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not isinstance(self.table, str):
+            raise ConfigError(f"table must be the path of a file as a text, got {self.table!r}")
         quantile_share(self.quantile)
 
     def kept_in(self, folder: Path) -> Latency:
