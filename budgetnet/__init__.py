@@ -3,7 +3,7 @@
 from budgetnet import costs, data, spaces
 from budgetnet.budgets import Budget
 from budgetnet.controller import Controller
-from budgetnet.delivery import Found
+from budgetnet.delivery import Found, fold_gates
 from budgetnet.export import export
 from budgetnet.extraction import extract
 from budgetnet.options import SearchOptions
@@ -25,6 +25,7 @@ __all__ = [
     "data",
     "export",
     "extract",
+    "fold_gates",
     "load_torchvision",
     "search",
     "spaces",

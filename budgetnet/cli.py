@@ -23,13 +23,15 @@ from rich.table import Table
 from budgetnet import data as datasets
 from budgetnet import report, spaces
 from budgetnet.architectures import named
+from budgetnet.conditional import export_fastest
 from budgetnet.console import Bars, quantity
-from budgetnet.delivery import Found, evaluate_gates, restored
+from budgetnet.delivery import TIMED, Found, evaluate_architecture, evaluate_gates, fold_gates, restored
 from budgetnet.errors import BudgetnetError, ConfigError, FileError, UnreachableBudget
 from budgetnet.export import FORMATS, load
 from budgetnet.inference import POLICIES, Inference
-from budgetnet.measure import default_costs, measure_file, measure_network
+from budgetnet.measure import DEFAULT, measure_file, measure_network
 from budgetnet.options import SearchOptions
+from budgetnet.report.records import Record
 from budgetnet.runs import RunFolder, replace
 from budgetnet.search import check_fit, search
 from budgetnet.supernet import SuperNetwork
@@ -128,7 +130,7 @@ def measure_command(arguments: list[str]) -> None:
     own, rest = _take(rest, "--space", "")
     parser = _parser("measure", "Prints what a space, a run or a file costs.", space, "RUN|FILE.onnx|FILE.pt2|SPACE")
     parser.add_argument(
-        "--costs", type=str | None, default=None, help="macs,macs:paper,params,steps:2,memory:params,latency"
+        "--costs", type=str | None, default=None, help="macs,macs:paper,params,steps:2,memory:file,latency"
     )
     parser.add_argument(
         "--architecture", type=str | None, default=None, help="a sub-network: a name or an architecture.json"
@@ -137,17 +139,20 @@ def measure_command(arguments: list[str]) -> None:
     given = parser.parse_args(rest)
     if own and not Path(target).is_dir():
         raise ConfigError(f"--space says what space of your own a run folder is of, got {own!r} beside {target!r}")
-    asked = [text.strip() for text in re.split(r",(?![^\[]*\])", given.costs)] if given.costs else []
+    asked = _costs(given.costs) if given.costs else []
     if space:
         network = _build(space, given, rest, {})
         kept = named(network, given.architecture or "full")
-        found = measure_network(network, kept, asked or default_costs("space"))
+        found = measure_network(network, kept, asked or _defaults(network))
     elif Path(target).is_dir():
         network = _space_of_run(RunFolder(target), own)
-        kept = named(network, given.architecture or str(Path(target) / "architecture.json"))
-        found = measure_network(network, kept, asked or default_costs("space"))
+        if network.heads and given.architecture is None:
+            found = _measured_by_run(RunFolder(target), asked)
+        else:
+            kept = named(network, given.architecture or str(Path(target) / "architecture.json"))
+            found = measure_network(network, kept, asked or _defaults(network))
     elif Path(target).suffix.removeprefix(".") in FORMATS:
-        found = measure_file(target, asked or default_costs("file"))
+        found = measure_file(target, asked)
     else:
         known = ", ".join(spaces.BY_NAME)
         raise ConfigError(f"measure takes a run folder, a .onnx or .pt2 file, or a space ({known}), got {target!r}")
@@ -163,23 +168,58 @@ def measure_command(arguments: list[str]) -> None:
 def export_command(arguments: list[str]) -> None:
     """Budgetnet export"""
     target, rest = _positional(arguments, "export RUN")
+    own, rest = _take(rest, "--space", "")
     parser = _parser("export", "Copies the network of a finished run to a file.", "", "RUN")
     parser.add_argument("--format", default="onnx", help=" or ".join(FORMATS))
     parser.add_argument("--out", type=str | None, default=None, metavar="FILE", help="network.FORMAT unless given")
+    parser.add_argument(
+        "--fold",
+        type=float | None,
+        default=None,
+        metavar="MARGIN",
+        help="gates that look at the input become constants where, on the validation images, they are open more seldom "
+        "than this share, such as 0.05, or closed",
+    )
+    parser.add_argument("--data", type=str | None, default=None, help="to fold on: the run's own unless given")
+    parser.add_argument("--root", default="data", help="folder of the named datasets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(rest)
     if given.format not in FORMATS:
         raise ConfigError(f"format must be {' or '.join(FORMATS)}, got {given.format!r}")
     run = RunFolder(target)
-    run.read("result.json")
+    decided = _decided(run.read("result.json"), run)
     source, out = run.path / f"network.{given.format}", Path(given.out or f"network.{given.format}")
     if out.suffix != source.suffix:
         raise ConfigError(f"a file of format {given.format} ends in {source.suffix}, got {out}")
     if not out.parent.is_dir() or out.is_dir():
         raise ConfigError(f"expected a file in a folder that exists, got {out}")
+    if given.fold is not None:
+        if decided is None:
+            raise ConfigError(f"--fold takes a run whose gates look at the input, got {target}")
+        if given.format != "onnx":
+            raise ConfigError(f"a folded network is exported to onnx, got {given.format!r}")
+        _fold(run, decided.share("tau"), out, own, given)
+        return
     load(source)  # a broken file is not passed on
     replace(out, source.read_bytes())
     print(json.dumps({"file": str(out), "bytes": out.stat().st_size}) if given.json else f"wrote {out}")
+
+
+def _fold(run: RunFolder, tau: float, out: Path, own: str, given: Any) -> None:
+    """Writes the network of a run with near-constant gates folded, and prints what it gives beside the original."""
+    network = restored(run, _space_of_run(run, own))
+    data = _data_of_run(run, network, given)
+    folded, told = fold_gates(network, data, tau, given.fold)
+    examples = next(iter(datasets.Batches(data.validation, batch_size=TIMED, shuffle=False).epoch(0)))[0]
+    told |= {"onnx": export_fastest(folded, out, examples)}
+    if given.json:
+        print(json.dumps({"file": str(out), "bytes": out.stat().st_size, **told}))
+        return
+    table = Table("", "original", "folded", title=f"{told['constants']} of {told['gates']} gates are constants now")
+    for name, value in told["validation"]["original"].items():
+        table.add_row(name, *[_shown(name, one) for one in (value, told["validation"]["folded"][name])])
+    Console().print(table)
+    print(f"wrote {out}")
 
 
 def report_command(arguments: list[str]) -> None:
@@ -200,36 +240,56 @@ def evaluate_command(arguments: list[str]) -> None:
     target, rest = _positional(arguments, "evaluate RUN")
     own, rest = _take(rest, "--space", "")
     parser = _parser("evaluate", "Looks at the test images with the gates of a run, decided in one way.", "", "RUN")
-    parser.add_argument("--policy", default="threshold", help=", ".join(POLICIES))
-    parser.add_argument("--tau", type=float, default=0.5, help="a gate is open above this probability")
+    parser.add_argument(
+        "--policy",
+        type=str | None,
+        default=None,
+        help=f"{', '.join(POLICIES)}; unless given, the network that was handed over",
+    )
+    parser.add_argument(
+        "--tau", type=float | None, default=None, help="a gate is open above this probability; the run's own, else 0.5"
+    )
     parser.add_argument("--runs", type=int, default=5, help="stochastic runs of an ensemble")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument("--recalibration", type=int, default=10, help="training batches that set the batch norms first")
+    parser.add_argument(
+        "--recalibration",
+        type=int | None,
+        default=None,
+        help="training batches that set the batch norms first; 10, but none where gates are decided as in the run",
+    )
     parser.add_argument("--batch_size", type=int, default=128, help="images a batch")
     parser.add_argument("--costs", type=str, default="macs", help="macs,params,steps:2")
     parser.add_argument("--data", type=str | None, default=None, help="the run's own unless given")
     parser.add_argument("--root", default="data", help="folder of the named datasets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(rest)
-    inference = Inference(given.policy, given.tau, given.runs, given.seed)
     run = RunFolder(target)
-    network = restored(run, _space_of_run(run, own))
-    data = datasets.load(given.data or str(run.read("options.json")["data"]["name"]), root=given.root)
-    check_fit(network, data)
-    found = evaluate_gates(
-        network,
-        data,
-        inference,
-        [text.strip() for text in given.costs.split(",")],
-        recalibration=given.recalibration,
-        batch_size=given.batch_size,
-    )
+    result = run.read("result.json") if (run.path / "result.json").exists() else None
+    decided = None if result is None else _decided(result, run)
+    own_tau = None if decided is None else decided.share("tau")
+    tau = next(value for value in (given.tau, own_tau, 0.5) if value is not None)
+    inference = Inference(given.policy or "threshold", tau, given.runs, given.seed)
+    network = _space_of_run(run, own)
+    if result is not None and decided is None and given.policy is None and given.tau is None:
+        data = _data_of_run(run, network, given)
+        found = evaluate_architecture(run, network, data, _costs(given.costs), batch_size=given.batch_size)
+    else:
+        network = restored(run, network)
+        as_in_run = inference.policy == "threshold" and tau == own_tau
+        found = evaluate_gates(
+            network,
+            _data_of_run(run, network, given),
+            inference,
+            _costs(given.costs),
+            recalibration=(0 if as_in_run else 10) if given.recalibration is None else given.recalibration,
+            batch_size=given.batch_size,
+        )
     if given.json:
         print(json.dumps(found))
         return
-    table = Table("", "value", title=f"{given.policy}, test images")
+    table = Table("", "value", title=f"{found['policy']}, test images")
     for name, value in found["quality"].items():
-        table.add_row(name, f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %")
+        table.add_row(name, _shown(name, value))
     for name, value in found["costs"].items():
         table.add_row(name, quantity(value, found["units"][name]))
     Console().print(table)
@@ -246,8 +306,8 @@ HELP = """budgetnet learns neural networks that fit a budget.
 
   budgetnet search   --data DATA --space NAME --budget 'macs<=25%' [--out RUN] [--resume]
   budgetnet measure  RUN|FILE.onnx|FILE.pt2|SPACE [--costs macs,params,steps:2] [--architecture NAME]
-  budgetnet export   RUN --format onnx|pt2 --out FILE
-  budgetnet evaluate RUN --policy threshold|stochastic|always-on|ensemble [--tau 0.5]
+  budgetnet export   RUN --format onnx|pt2 --out FILE [--fold 0.05]
+  budgetnet evaluate RUN [--policy threshold|stochastic|always-on|ensemble] [--tau 0.5]
   budgetnet report   RUN ... [--out FILE.html]
 
 `budgetnet COMMAND --help` lists every option; --json prints one JSON object for programs."""
@@ -333,6 +393,53 @@ def _space_of_run(run: RunFolder, own: str) -> SuperNetwork:
         ) from error
 
 
+def _data_of_run(run: RunFolder, network: SuperNetwork, given: Any) -> datasets.Dataset:
+    """The data that were named, or those of the run."""
+    options = Record(run.read("options.json"), str(run.path / "options.json"))
+    data = datasets.load(given.data or options.record("data").text("name"), root=given.root)
+    check_fit(network, data)
+    return data
+
+
+def _decided(result: dict[str, Any], run: RunFolder) -> Record | None:
+    """What result.json says of gates that look at the input, None where none does."""
+    return Record(result, str(run.path / "result.json")).maybe_record("inference")
+
+
+def _defaults(network: SuperNetwork) -> list[str]:
+    """What is measured of a space or a run where nothing is asked: what its gates allow."""
+    return [cost for cost in DEFAULT if cost != "params" or not network.heads]
+
+
+def _measured_by_run(run: RunFolder, costs: Sequence[str]) -> dict[str, Any]:
+    """What a finished run says its network costs: of gates that look at the input, as expected on validation images."""
+    record = Record(run.read("result.json"), str(run.path / "result.json"))
+    network = record.record("network")
+    units = {"macs": "MAC", "params": "parameter", "memory:params": "B", "latency": "ms"}
+    values = {name: network.number(name) for name in units if name != "latency"}
+    values["latency"] = network.record("latency_ms").number("median")
+    for budget in record.records("budgets"):
+        values[budget.text("cost")], units[budget.text("cost")] = budget.number("value"), budget.text("unit")
+    for text in costs:
+        if text not in values:
+            raise ConfigError(
+                f"of a run whose gates look at the input can be measured {', '.join(values)}, got {text!r}: "
+                "name an --architecture for others"
+            )
+    asked = list(costs) or list(values)
+    return {
+        "costs": {name: int(values[name]) if values[name].is_integer() else values[name] for name in asked},
+        "units": {name: units[name] for name in asked},
+    }
+
+
+def _shown(name: str, value: float) -> str:
+    """A quality or a cost for a person to read."""
+    if name == "macs":
+        return quantity(value, "MAC")
+    return f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %"
+
+
 def _tell(found: Found) -> None:
     result, console = found.result, Console()
     table = Table("cost", "network", "limit", "kept", title="budget")
@@ -342,6 +449,9 @@ def _tell(found: Found) -> None:
         table.add_row(escape(row["cost"]), *numbers, ("yes" if row["met"] else "NO") + unsure)
     if result["budgets"]:
         console.print(table)
+    for row in result["budgets"]:
+        for note in row.get("notes", []):
+            console.print(f"{row['cost']}: {note}", highlight=False, markup=False)
     quality = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result["test"].items() if name != "loss")
     console.print(f"test {quality}", highlight=False)
     for name in ("network.onnx", "network.pt2", "report.html"):
@@ -371,6 +481,11 @@ def _positional(arguments: list[str], usage: str) -> tuple[str, list[str]]:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"expected: budgetnet {usage}, got {shlex.join(arguments) or 'nothing'}")
     return arguments[0], arguments[1:]
+
+
+def _costs(text: str) -> list[str]:
+    """Costs with commas between them; those inside brackets part a cost's options."""
+    return [cost.strip() for cost in re.split(r",(?![^\[]*\])", text)]
 
 
 def _one_line(message: str) -> str:

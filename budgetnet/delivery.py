@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from budgetnet import report
-from budgetnet.budgets import BoundBudget, cost_name, parse_cost
-from budgetnet.conditional import conditional, export_conditional
-from budgetnet.costs import MACs, Params
-from budgetnet.costs.measured import MeasuredModel
+from budgetnet.architectures import named
+from budgetnet.budgets import BoundBudget, CostModel, cost_name, parse_cost
+from budgetnet.conditional import (
+    ConditionalNetwork,
+    conditional,
+    export_fastest,
+    one_by_one,
+    polarised,
+    still_deciding,
+    tune_fastest,
+)
+from budgetnet.costs import MACs
+from budgetnet.costs.additive import EdgeCost
+from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.data import Batches, Dataset
-from budgetnet.errors import FileError
-from budgetnet.evaluation import recalibrate
+from budgetnet.errors import ConfigError, FileError
+from budgetnet.evaluation import evaluate, recalibrate
 from budgetnet.export import difference, export, file_latency, load
 from budgetnet.extraction import count, extract, fold_batch_norm, state_bytes
-from budgetnet.inference import Inference, exit_table, fitting_threshold, observe
+from budgetnet.inference import Inference, Observed, exit_table, observe, settled_threshold
 from budgetnet.runs import RunFolder, load_tensors
 from budgetnet.session import Session
 from budgetnet.sites import Threshold
@@ -31,6 +42,12 @@ from budgetnet.supernet import SuperNetwork
 
 CURVE = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Thresholds at which accuracy and cost are looked at on validation data (Herrmann et al., Figure 10)."""
+
+TUNED, REPEATS = (1, 16), 7
+"""Validation images a batch at which it is measured where skipping pays, and how often."""
+
+TIMED = 8
+"""Validation images on which the ways to write a file are timed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +81,7 @@ def deliver(session: Session, limits: list[dict[str, Any]]) -> Found:
         limits: what `check_reachable` said before.
     """
     started = time.monotonic()
-    outcome = _decided_by_input if session.network.heads else _decided_once
+    outcome = _decided_by_input if session.network.heads and not session.fixed else _decided_once
     plain, kept, own = outcome(session)
     supernet = session.network.cpu().eval()
     x = next(iter(session.test_batches().epoch(0)))[0][:1].cpu()
@@ -74,6 +91,7 @@ def deliver(session: Session, limits: list[dict[str, Any]]) -> Found:
         "data": session.data.name,
         "seed": session.options.seed,
         "images_seen": session.images,
+        "images_taught": session.taught,
         "seconds": session.seconds + time.monotonic() - started,
         "before": limits,
         "full": count(extract(supernet, full), x) if bool(supernet.connects(supernet.used(full))[0]) else {},
@@ -124,37 +142,41 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
 def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     """The network that skips what its gates close, the gates it opens mostly, and what result.json says of it.
 
-    The threshold is the one nearest to 1/2 at which the cost expected on validation data keeps the budgets.
+    The threshold is the one nearest to 1/2 at which the cost expected on validation data keeps the budgets. All is
+    looked at in float32, in which the network is handed over, and the checkpoint holds it as it is then. How it
+    runs, in torch and in its file, is chosen by what is faster on this machine.
     """
-    network = session.network
-    batches = islice(session.train.epoch(session.epoch), session.options.recalibration)
-    recalibrate(network, session.predict(lambda x: network.masked(x, Threshold())[0]), batches)
-    network.eval()
-    tau, seen = fitting_threshold(session.budgets, lambda tau: session.observe(Inference(tau=tau), session.validation))
-    expected = observe(
-        network,
-        Inference(tau=tau),
-        session.validation.epoch(0),
-        classes=session.data.num_classes,
-        ignore=session.data.ignore,
-        models={"macs": MACs().bind(network)},
-        forward=session.learner.forward,
-    ).costs
-    curve = [(at, session.observe(Inference(tau=at), session.validation)) for at in CURVE]
-    test = session.observe(Inference(tau=tau), session.test_batches())
-    exits = exit_table(network, tau, session.test_batches().epoch(0), session.learner.forward) if network.exits else []
+    network, budgets = session.network, {budget.name: budget.model for budget in session.budgets}
+
+    def look(tau: float, batches: Batches = session.validation, models: Mapping[str, CostModel] = budgets) -> Observed:
+        examples, data = batches.epoch(0), session.data
+        return observe(
+            network, Inference(tau=tau), examples, classes=data.num_classes, ignore=data.ignore, models=models
+        )
+
+    def settle(tau: float) -> None:
+        batches = islice(session.train.epoch(session.epoch), session.options.recalibration)
+        recalibrate(network, lambda x: network.masked(x, Threshold(tau))[0], batches)
+
+    # a GPU would round float32 to fewer digits
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        tau, seen = settled_threshold(session.budgets, look, settle)
+        expected = look(tau, models={"macs": MACs().bind(network)}).costs
+        curve = [(at, look(at)) for at in CURVE]
+        test = look(tau, session.test_batches())
+        exits = exit_table(network, tau, session.test_batches().epoch(0), SuperNetwork.forward) if network.exits else []
+    session.save()
     network.cpu()
     x = next(iter(session.test_batches().epoch(0)))[0].cpu()
     plain = conditional(network, None, tau=tau)
-    path = export_conditional(plain, session.run.path / "network.onnx", x[:1])
-    run = load(path, threads=1)
+    examples = next(iter(session.validation.epoch(0)))[0].cpu()
+    for size in TUNED:
+        tune_fastest(plain, examples[:size], REPEATS)
+    session.run.write("break-even.json", plain.table)
+    path = session.run.path / "network.onnx"
+    written = export_fastest(plain, path, examples[:TIMED])
     batch = x[:16]
-
-    def one_by_one(inputs: Tensor) -> Tensor:
-        return torch.cat([run(row[None]) for row in inputs])
-
     kept = (torch.tensor(seen.rates) > 0.5).float()[None]
-    whole = network.used(network.architecture("full"))
     return (
         plain,
         kept,
@@ -162,9 +184,10 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
             "budgets": [reached(budget, seen.costs[budget.name]) for budget in session.budgets],
             "network": {
                 "macs": expected["macs"],
-                "params": int(Params().bind(network)(whole)[0]),
+                "params": sum(value.numel() for value in plain.parameters()),
                 "memory:params": state_bytes(plain),
                 "latency_ms": {**file_latency(path, x[:1]), "runtime": "onnxruntime", "threads": 1, "batch": 1},
+                "onnx_ms": written["ms"],
             },
             "validation": seen.quality,
             "test": test.quality,
@@ -172,12 +195,13 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
                 "policy": "threshold",
                 "tau": tau,
                 "test_costs": test.costs,
-                "curve": [{"tau": at, "accuracy": look.quality["accuracy"], "costs": look.costs} for at, look in curve],
+                "curve": [{"tau": at, "accuracy": one.quality["accuracy"], "costs": one.costs} for at, one in curve],
                 "exits": exits,
+                "onnx": written["groups"],
             },
             "equivalence": {
                 "extracted": difference(lambda x: network.masked(x, Threshold(tau))[0], plain, batch),
-                "onnx": difference(plain, one_by_one, batch),
+                "onnx": difference(plain, partial(one_by_one, load(path)), batch),
             },
         },
     )
@@ -185,13 +209,16 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
 
 def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:
     """A budget beside what an architecture, `(1, G)` and `(1, U)`, costs: counted, or measured anew."""
-    model = budget.model
+    model = extracted(budget.model)
     if not isinstance(model, MeasuredModel):
         return reached(budget, float(model(used)[0]))
     times = sorted((model.measure(kept)[0] for _ in range(3)), key=lambda one: one.value)
     middle, notes = times[1], list(getattr(model, "notes", {}).values())
-    noise = {"low": middle.low, "high": middle.high, "noise": middle.low <= budget.limit <= middle.high}
-    return {**reached(budget, middle.value), **noise, "predicted": float(model(used)[0]), "notes": notes}
+    told = {"low": middle.low, "high": middle.high, "noise": middle.low <= budget.limit <= middle.high, "notes": notes}
+    told["predicted"] = float(model(used)[0])
+    if isinstance(model, LearningModel):
+        told["error"] = model.error
+    return {**reached(budget, middle.value), **told}
 
 
 def reached(budget: BoundBudget, value: float) -> dict[str, Any]:
@@ -260,3 +287,97 @@ def evaluate_gates(
         "units": {cost_name(cost): cost.unit for cost in asked},
         "activation": sum(seen.rates) / max(1, len(seen.rates)),
     }
+
+
+@torch.no_grad()
+def fold_gates(
+    network: SuperNetwork, data: Dataset, tau: float, margin: float, *, batch_size: int = 128
+) -> tuple[ConditionalNetwork, dict[str, Any]]:
+    """The network that skips what its gates close, those that hardly look at the input decided once and for all.
+
+    Args:
+        network: with gates that look at the input, and its weights; its batch norms are left as they are.
+        data: its validation images say how often each gate is open.
+        tau: threshold of the gates.
+        margin: gates that are open on no more than this share of the images are closed for all, and those that
+            are closed on no more are open for all; in [0, 0.5).
+        batch_size: images a batch.
+
+    Returns:
+        The network, and `{"gates", "constants", "validation": {"original", "folded"}}`: how many gates look at the
+        input and how many of these are constants now; quality and expected "macs" on the validation images before
+        and after.
+
+    Raises:
+        ConfigError: no gate looks at the input, or `margin` is outside its range.
+
+    Source: Herrmann et al., section S4.2.
+    """
+    if not network.heads:
+        raise ConfigError(f"gates to fold are those that look at the input, and {network.name} has no such gates")
+    batches, network = Batches(data.validation, batch_size=batch_size, shuffle=False), network.eval()
+    macs = MACs().bind(network)
+    classes, ignore = data.num_classes, data.ignore
+    seen = observe(network, Inference(tau=tau), batches.epoch(0), classes=classes, ignore=ignore, models={"macs": macs})
+    constants = polarised(torch.tensor(seen.rates), margin)
+    folded = conditional(network, None, tau=tau, constants=constants)
+    left, costs = still_deciding(macs, network, folded), []
+
+    def predict(x: Tensor) -> Tensor:
+        output, kept = folded.decide(x)
+        costs.append(left(network.used(kept)))
+        return output
+
+    quality = evaluate(predict, batches.epoch(0), classes=classes, ignore=ignore)
+    return folded, {
+        "gates": network.gate_count - network.independent,
+        "constants": int((~constants[network.independent :].isnan()).sum()),
+        "validation": {
+            "original": {**seen.quality, **seen.costs},
+            "folded": {**quality, "macs": float(torch.cat(costs).mean())},
+        },
+    }
+
+
+@torch.no_grad()
+def evaluate_architecture(
+    run: RunFolder,
+    network: SuperNetwork,
+    data: Dataset,
+    costs: Sequence[str],
+    *,
+    batch_size: int = 128,
+) -> dict[str, Any]:
+    """Quality of the network of a finished run on the test images, and what it costs.
+
+    Args:
+        run: its gates do not look at the input, or were told what to keep.
+        network: its space.
+        data: what it is looked at on.
+        costs: as written in budgets.
+        batch_size: images a batch.
+
+    Returns:
+        What `evaluate_gates` returns; the policy is "chosen", and there is no tau.
+
+    Raises:
+        FileError: a file of the run is missing or damaged.
+    """
+    kept = named(network, str(run.path / "architecture.json"))
+    batches = Batches(data.test, batch_size=batch_size, shuffle=False)
+    plain = load(run.path / "network.pt2")
+    asked = [parse_cost(text) for text in costs]
+    used = network.used(kept)
+    return {
+        "policy": "chosen",
+        "tau": None,
+        "quality": evaluate(plain, batches.epoch(0), classes=data.num_classes, ignore=data.ignore),
+        "costs": {cost_name(cost): float(extracted(cost.bind(network))(used)[0]) for cost in asked},
+        "units": {cost_name(cost): cost.unit for cost in asked},
+        "activation": float(kept.mean()),
+    }
+
+
+def extracted(model: CostModel) -> CostModel:
+    """The same cost of what is extracted, which has nothing left to decide."""
+    return replace(model, per_head={}) if isinstance(model, EdgeCost) else model

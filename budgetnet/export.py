@@ -10,12 +10,13 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
@@ -65,15 +66,54 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
             with part.open("wb") as file:
                 torch.export.save(program, file)
         else:
-            onnx = torch.onnx.export(program, (), input_names=["x"], output_names=["y"], dynamo=True, verbose=False)
-            assert onnx is not None
-            onnx.save(str(part), external_data=False)
+            done = torch.onnx.export(program, (), input_names=["x"], output_names=["y"], dynamo=True, verbose=False)
+            assert done is not None
+            part.write_bytes(compacted(done.model_proto, network.state_dict()).SerializeToString())
     part.replace(path)
     return path
 
 
+def compacted(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
+    """The same model, changed in place, without what its exporter notes beside the graph: half of a small file.
+
+    Args:
+        model: from one input to one output, whose first size is that of the batch.
+        names: of weights that keep theirs; all other values are called by the operator that they come from.
+    """
+    graph = model.graph
+    model.producer_name, model.producer_version, graph.name = "pytorch", torch.__version__, "network"
+    for part in (model, graph, *graph.input, *graph.output, *graph.initializer, *graph.node):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    graph.ClearField("value_info")
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
+        return model  # whose branches use these names
+    ends = {value.name for value in (*graph.input, *graph.output)}
+    others = {weight.name: weight for weight in graph.initializer if weight.name not in names}
+    read = dict.fromkeys(name for node in graph.node for name in node.input if name in others)
+    new = {name: f"/constant_{place}" for place, name in enumerate(read)}
+    for place, node in enumerate(graph.node):
+        node.ClearField("name")
+        given = [name for name in node.output if name and name not in ends]
+        new |= {
+            name: f"/{node.op_type.lower()}_{place}" + f"_{count}" * (count > 0) for count, name in enumerate(given)
+        }
+    for name in read:
+        others[name].name = new[name]
+    for node in graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
+        node.output[:] = [new.get(name, name) for name in node.output]
+    return model
+
+
 def load(path: str | Path, *, threads: int = 1) -> Callable[[Tensor], Tensor]:
     """A function `(B, C, H, W)` to output that runs an exported file in its own runtime.
+
+    Args:
+        path: of the file.
+        threads: of onnxruntime; a .pt2 file runs with as many as torch has when it is called.
 
     Raises:
         FileError: the file is missing, or is no network of its kind.
@@ -139,14 +179,19 @@ def latency(run: Callable[[Tensor], object], x: Tensor, *, calls: int = 200) -> 
 
 
 def file_latency(path: str | Path, x: Tensor, *, threads: int = 1, calls: int = 200) -> dict[str, float]:
-    """`latency` of an exported file in its own runtime, with nothing of ours around the call.
+    """`latency` of an exported file in its own runtime with so many threads, with nothing of ours around the call.
 
     Raises:
         FileError: as `load`.
     """
     run = load(path, threads=threads)
     if Path(path).suffix != ".onnx":
-        return latency(run, x, calls=calls)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return latency(run, x, calls=calls)
+        finally:
+            torch.set_num_threads(before)
     session = onnx_session(str(path), threads)
     feed = {session.get_inputs()[0].name: x.cpu().float().numpy()}
     return latency(lambda x: session.run(None, feed), x, calls=calls)

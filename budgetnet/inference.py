@@ -21,6 +21,9 @@ POLICIES = ("threshold", "stochastic", "always-on", "ensemble")
 LARGEST = 30.0
 """Logit beyond which a threshold is not looked for."""
 
+SETTLED = 3
+"""Times that batch norms are set again at a threshold that was found."""
+
 Forward = Callable[[SuperNetwork, Tensor, Policy], tuple[Tensor, Tensor]]
 
 
@@ -176,6 +179,36 @@ def fitting_threshold(
         )
     _, tau, best = min(found, key=lambda one: one[0])
     return tau, best
+
+
+def settled_threshold(
+    budgets: Sequence[BoundBudget], look: Callable[[float], Observed], settle: Callable[[float], None]
+) -> tuple[float, Observed]:
+    """The threshold that `fitting_threshold` finds, with the batch norms as they are under it.
+
+    They change what the gates see, and with it the costs. So it is looked for again where the budgets are then not
+    kept, and once more where they are still not; what is found the last time keeps them with the batch norms of the
+    threshold before it.
+
+    Args:
+        budgets: as `fitting_threshold` has them.
+        look: likewise.
+        settle: sets the batch norms to what they are at a threshold.
+
+    Raises:
+        UnreachableBudget: no threshold keeps them.
+    """
+    settle(0.5)
+    before, (tau, seen) = 0.5, fitting_threshold(budgets, look)
+    for _ in range(SETTLED):
+        if tau == before:
+            break
+        settle(tau)
+        before, seen = tau, look(tau)
+        if all(seen.costs[budget.name] <= budget.limit for budget in budgets if budget.upper):
+            break
+        tau, seen = fitting_threshold(budgets, look)
+    return tau, seen
 
 
 @torch.no_grad()

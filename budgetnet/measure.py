@@ -13,22 +13,29 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet.budgets import parse_cost
-from budgetnet.costs import Latency
+from budgetnet.costs import Function, Latency
+from budgetnet.costs.file_size import FileSize
 from budgetnet.costs.measured import MeasuredModel
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import file_latency, load, load_program
 from budgetnet.extraction import state_bytes
 from budgetnet.supernet import SuperNetwork
 
-FILE_COSTS = {"macs": "MAC", "params": "parameter", "memory:params": "B", "latency": "ms"}
+FILE_COSTS = {"macs": "MAC", "params": "parameter", "memory:params": "B", "memory:file": "B", "latency": "ms"}
 """What can be measured of an exported file: latency is a median at batch 1, 1 thread."""
+OF_BRANCHES = ("memory:file", "latency")
+"""What can be measured where it depends on the input what is computed."""
+SETTINGS = ("Pad", "Clip", "Resize")
+"""Operators of ONNX whose constants are no parameters."""
+COUNTER = INDEX = 8
+"""Bytes of a batch norm's number of batches, and of the number of a channel that is gathered."""
 
 
 def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -> dict[str, Any]:
     """Costs of one architecture of a space.
 
     Args:
-        network: the space.
+        network: the space, whose weights do not matter to what is counted.
         kept: `(1, G)` decisions.
         costs: as written in budgets; those that a real network shows are measured.
 
@@ -45,20 +52,34 @@ def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -
     units: dict[str, str] = {}
     for text in costs:
         cost = parse_cost(text)
-        if isinstance(cost, Latency):
+        if isinstance(cost, Latency | Function):
             value = cost.measured(network, kept).value
         else:
             model = cost.bind(network)
-            value = model.measure(kept)[0].value if isinstance(model, MeasuredModel) else float(model(used)[0])
+            if isinstance(model, FileSize):
+                value = float(model.trained(kept))
+            else:
+                value = model.measure(kept)[0].value if isinstance(model, MeasuredModel) else float(model(used)[0])
         values[text], units[text] = int(value) if value.is_integer() else value, cost.unit
     return {"costs": values, "units": units}
 
 
-def measure_file(path: str | Path, costs: Sequence[str]) -> dict[str, Any]:
+def measure_file(path: str | Path, costs: Sequence[str] = ()) -> dict[str, Any]:
     """Costs of an exported .onnx or .pt2 file, counted on its own graph.
 
+    "memory:params" are the bytes of its parameters, of the batch norms that are left and of the numbers of gathered
+    channels, as of the extracted network; an .onnx file has no biases of zeros, and none are counted.
+
+    Args:
+        path: of the file.
+        costs: of `FILE_COSTS`; none for all that it has.
+
+    Returns:
+        `{"costs", "units"}` as `measure_network`, and with latency `"latency_ms": {"median", "p10", "p90", "runtime",
+        "threads", "batch"}`.
+
     Raises:
-        ConfigError: a cost cannot be measured of a file.
+        ConfigError: a cost cannot be measured of a file, or of one that computes what its input needs.
         FileError: the file is missing or no such network.
     """
     path = Path(path)
@@ -66,20 +87,39 @@ def measure_file(path: str | Path, costs: Sequence[str]) -> dict[str, Any]:
         if text not in FILE_COSTS:
             raise ConfigError(f"of a file can be measured {', '.join(FILE_COSTS)}, got {text!r}")
     load(path)  # refuses what its runtime does not run
-    count = _count_onnx if path.suffix == ".onnx" else _count_pt2
-    shape, counted = count(path)
+    counted: dict[str, float] = {"memory:file": path.stat().st_size}
+    if path.suffix == ".onnx":
+        model = onnx.load(str(path))
+        shape = _onnx_shape(model)
+        branches = any(node.op_type in ("If", "Loop", "Scan") for node in model.graph.node)
+        lacking = [text for text in costs if branches and text not in OF_BRANCHES]
+        if lacking:
+            raise ConfigError(
+                f"what {path} computes depends on its input: of it can be measured {', '.join(OF_BRANCHES)}, "
+                f"got {lacking[0]!r}, whose expected value is in its run's result.json"
+            )
+        counted |= {} if branches else _count_onnx(path, model)
+    else:
+        shape, found = _count_pt2(path)
+        counted |= found
     if not all(shape):
         raise FileError(f"{path} must say what size of images it takes, got {shape}")
-    values = {
-        text: file_latency(path, torch.zeros(1, *shape))["median"] if text == "latency" else counted[text]
-        for text in costs
+    asked = list(costs) or [text for text in FILE_COSTS if text in counted or text == "latency"]
+    told: dict[str, Any] = {}
+    if "latency" in asked:
+        timing = file_latency(path, torch.zeros(1, *shape), threads=1)
+        runtime = "onnxruntime" if path.suffix == ".onnx" else "torch"
+        counted["latency"] = timing["median"]
+        told["latency_ms"] = {**timing, "runtime": runtime, "threads": 1, "batch": 1}
+    return {
+        "costs": {text: counted[text] for text in asked},
+        "units": {text: FILE_COSTS[text] for text in asked},
+        **told,
     }
-    return {"costs": values, "units": {text: FILE_COSTS[text] for text in costs}}
 
 
-def default_costs(target: str) -> list[str]:
-    """What is measured where nothing is asked."""
-    return list(FILE_COSTS) if target == "file" else ["macs", "params", "steps"]
+DEFAULT = ("macs", "params", "steps")
+"""What is measured of a space or a run where nothing is asked."""
 
 
 def _count_pt2(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
@@ -103,15 +143,22 @@ def _count_pt2(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
     }
 
 
-def _count_onnx(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
-    graph = model.graph
+def _onnx_shape(model: onnx.ModelProto) -> tuple[int, ...]:
+    """Channels, height and width of the examples that a model takes, 0 where it does not say."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    taken = next(value for value in model.graph.input if value.name not in weights)
+    return tuple(dim.dim_value for dim in taken.type.tensor_type.shape.dim[1:])
+
+
+def _count_onnx(path: Path, model: onnx.ModelProto) -> dict[str, float]:
+    graph = onnx.shape_inference.infer_shapes(model).graph
     weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     shapes = {
         value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
         for value in (*graph.input, *graph.value_info, *graph.output)
     }
-    macs = 0
+    macs = aside = 0
+    settings, statistics = set[str](), set[str]()
     for node in graph.node:
         behind = shapes.get(node.output[0], ())
         if node.op_type == "Conv" and node.input[1] in weights:
@@ -122,7 +169,13 @@ def _count_onnx(path: Path) -> tuple[tuple[int, ...], dict[str, float]]:
             macs += prod(behind[1:])
         elif node.op_type in ("Conv", "Gemm", "MatMul", "ConvTranspose", "Attention"):
             raise FileError(f"{path} has a {node.op_type} whose MACs are not counted here")
-    inputs = [value for value in graph.input if value.name not in weights]
-    floats = [tensor for tensor in graph.initializer if tensor.data_type != onnx.TensorProto.INT64]
-    params = sum(prod(tensor.dims) for tensor in floats)
-    return shapes[inputs[0].name][1:], {"macs": macs, "params": params, "memory:params": 4 * params}
+        elif node.op_type == "Gather":
+            aside += INDEX * prod(weights.get(node.input[1], (0,)))
+        elif node.op_type == "BatchNormalization":
+            aside += COUNTER
+            statistics |= set(node.input[3:])
+        elif node.op_type in SETTINGS:
+            settings |= set(node.input)
+    floats = {each.name for each in graph.initializer if each.data_type != onnx.TensorProto.INT64} - settings
+    params, seen = (sum(prod(weights[name]) for name in names) for names in (floats - statistics, floats & statistics))
+    return {"macs": macs, "params": params, "memory:params": 4 * (params + seen) + aside}

@@ -63,6 +63,12 @@ class Session:
         self.candidates: list[dict[str, Any]] = []
         self.fixed = learner.chosen is not None  # no search: this architecture is trained from the start
 
+    @property
+    def taught(self) -> int:
+        """Images that the full network saw beside the samples and the chosen network, to teach them; of those seen."""
+        before = self.options.warmup_epochs * len(self.train) * self.train.batch_size
+        return max(0, self.images - before) if self.options.distillation else 0
+
     def phase(self) -> str:
         """What this epoch is for."""
         return "finetune" if self.fixed else self.options.phase(self.epoch)
@@ -181,7 +187,7 @@ class Session:
         used = self.network.used(kept)
         looked = (self.epoch + 1) % self.options.validate_every == 0 or self.epoch + 1 == self.options.epochs
         validation = None
-        if looked and self.network.heads:
+        if looked and self.network.heads and not self.fixed:
             self.network.eval()
             validation = self.observe(Inference(), self.validation).quality
         elif looked and bool(self.network.connects(used)[0]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from random import Random
 
@@ -95,6 +97,30 @@ def stir(network: SuperNetwork, seed: int) -> SuperNetwork:
                 part.running_mean.copy_(0.3 * normal(part.running_mean.shape))
                 part.running_var.copy_((0.3 * normal(part.running_var.shape)).exp())
     return network
+
+
+def unsettled(network: nn.Module, run: Callable[[nn.Module, Tensor], object], batches: Iterable[Tensor]) -> float:
+    """How far batch norms that `run` passes are from the mean over batches of their inputs' mean and variance."""
+    network = copy.deepcopy(network).train()
+    kept = {name: value.clone() for name, value in network.named_buffers()}
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    for name, part in network.named_modules():
+        if isinstance(part, nn.BatchNorm2d):
+
+            def look(_: nn.Module, given: tuple[Tensor], name: str = name) -> None:
+                rows = given[0].detach().transpose(0, 1).flatten(1)
+                seen[name].append(torch.stack([rows.mean(dim=1), rows.var(dim=1)]))
+
+            part.register_forward_pre_hook(look)
+    with torch.no_grad():
+        for x in batches:
+            run(network, x)
+    assert seen
+    gaps = [
+        torch.stack(own).mean(dim=0) - torch.stack([kept[f"{name}.running_mean"], kept[f"{name}.running_var"]])
+        for name, own in seen.items()
+    ]
+    return max(float(gap.abs().max()) for gap in gaps)
 
 
 def exact(network: SuperNetwork, seed: int) -> SuperNetwork:

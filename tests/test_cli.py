@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
+from wrong_files import branching
 
 from budgetnet import cli, training
 from budgetnet.export import difference, load
@@ -47,8 +48,8 @@ def test_a_search_prints_its_result_and_writes_the_run(told):
     result = json.loads(process.stdout)
     assert process.stderr == ""
     assert result == json.loads((folder / "result.json").read_text())
-    promised = {"space", "data", "seed", "images_seen", "seconds", "budgets", "full", "network", "validation", "test"}
-    assert promised | {"equivalence"} <= set(result)
+    promised = {"space", "data", "seed", "images_seen", "images_taught", "seconds", "budgets", "full", "network"}
+    assert promised | {"validation", "test", "equivalence"} <= set(result)
     assert set(result["budgets"][0]) >= {"cost", "unit", "limit", "value", "met"}
     assert {"macs", "params"} <= set(result["full"])
     assert {"macs", "params", "memory:params", "latency_ms"} <= set(result["network"])
@@ -98,6 +99,39 @@ def test_latency_is_measured_in_milliseconds(runs, say):
         measured = say("measure", target, "--costs", "latency")
         assert measured["units"] == {"latency": "ms"}
         assert 0 < measured["costs"]["latency"] < 1000
+        if target.is_file():
+            spread = measured["latency_ms"]
+            assert 0 < spread["p10"] <= spread["median"] == measured["costs"]["latency"] <= spread["p90"]
+            runtime = "onnxruntime" if target.suffix == ".onnx" else "torch"
+            assert (spread["runtime"], spread["threads"], spread["batch"]) == (runtime, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["network.onnx", "network.pt2"])
+def test_a_file_says_all_that_it_costs(name, runs, say):
+    file = runs.finished / name
+    measured = say("measure", file)
+    assert list(measured["costs"]) == ["macs", "params", "memory:params", "memory:file", "latency"]
+    assert measured["costs"]["memory:file"] == file.stat().st_size
+
+
+def test_a_file_that_looks_at_its_input_says_what_does_not_depend_on_it(tmp_path, say):
+    branching(tmp_path, None)
+    measured = say("measure", tmp_path / "network.onnx")
+    assert list(measured["costs"]) == ["memory:file", "latency"]
+    assert measured["costs"]["memory:file"] == (tmp_path / "network.onnx").stat().st_size
+
+
+def test_the_size_of_a_runs_file_is_counted_on_its_architecture(runs, say):
+    """Though the space as it is built has biases of zeros, which a file leaves out, and the run has none."""
+    size = (runs.finished / "network.onnx").stat().st_size
+    found = say("measure", runs.finished, "--costs", "memory:file")
+    assert found == {"costs": {"memory:file": size}, "units": {"memory:file": "B"}}
+
+
+def test_costs_are_parted_by_commas_outside_of_brackets(finished, say):
+    costs = "macs, schedule[workers=2,speeds=1:4],steps:2"
+    found = say("evaluate", finished, "--costs", costs, "--recalibration", 0)["costs"]
+    assert set(found) == {"macs", "schedule[speeds=1:4]", "steps:2"}  # two workers are the default
 
 
 def test_a_space_is_measured_with_its_options_and_architectures(say):
@@ -243,10 +277,123 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
 
 def test_the_exit_status_reaches_the_shell(tmp_path, monkeypatch, capsys):
-    command = ["budgetnet", "search", *SMALL, "--budget", "macs<=1", "--out", str(tmp_path / "run")]
+    command = ["budgetnet", "search", *SMALL, "--budget", "params<=1", "--out", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("budgetnet", run_name="__main__")
     assert caught.value.code == cli.UNREACHABLE == 3
     assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    """A run whose gates look at the input, and of which a threshold above 1/2 was asked."""
+    from budgetnet.runs import RunFolder
+
+    folder = tmp_path_factory.mktemp("conditional") / "run"
+    space = ["--space", "resnet", "--space.depth", "8", "--space.channels", "4", "--space.conditional", "true"]
+    search = ["search", *QUICK, *space, "--gate_start", "0.3", "--budget", "macs<=40%", "--out", str(folder)]
+    assert cli.main([*search, "--json"]) == 0
+    return RunFolder(folder)
+
+
+def test_gates_that_look_at_the_input_are_evaluated_as_the_run_decides(conditional, capsys, say):
+    capsys.readouterr()
+    result = conditional.read("result.json")
+    assert result["inference"]["tau"] != 0.5
+    found = say("evaluate", conditional.path)
+    assert (found["policy"], found["tau"]) == ("threshold", result["inference"]["tau"])
+    assert found["quality"] == pytest.approx(result["test"], rel=1e-5)
+    assert found["costs"]["macs"] == pytest.approx(result["inference"]["test_costs"]["macs"], rel=1e-5)
+    same = say("evaluate", conditional.path, "--policy", "threshold")
+    assert same == found
+    again = say("evaluate", conditional.path, "--recalibration", "1")
+    assert again["quality"] != found["quality"]
+
+
+def test_policy_threshold_runs_and_seed_are_what_is_evaluated(conditional, capsys, say):
+    """Each of them changes what is seen."""
+    capsys.readouterr()
+    look = lambda *more: say("evaluate", conditional.path, "--recalibration", "0", *more)  # noqa: E731
+    own, every, low = look(), look("--policy", "always-on"), look("--tau", "0.4")
+    assert every["activation"] == 1 > low["activation"] > own["activation"]
+    assert every["costs"]["macs"] > low["costs"]["macs"] > own["costs"]["macs"]
+    assert low["tau"] == 0.4
+    drawn = look("--policy", "stochastic")
+    assert drawn["policy"] == "stochastic"
+    assert drawn["costs"] == look("--policy", "stochastic")["costs"]
+    assert drawn["costs"] != look("--policy", "stochastic", "--seed", "1")["costs"]
+    two, three = (look("--policy", "ensemble", "--runs", count) for count in ("2", "3"))
+    assert two["quality"]["loss"] != three["quality"]["loss"]
+    assert three["costs"]["macs"] == pytest.approx(1.5 * two["costs"]["macs"], rel=0.05)
+
+
+def test_a_network_that_was_chosen_is_evaluated_as_it_was_handed_over(runs, say):
+    result = json.loads((runs.finished / "result.json").read_text())
+    found = say("evaluate", runs.finished, "--costs", "macs,params")
+    assert found["policy"] == "chosen"
+    assert found["quality"] == pytest.approx(result["test"], abs=0.01)  # which is seen in the run's precision
+    assert found["costs"] == {name: result["network"][name] for name in ("macs", "params")}
+    asked = say("evaluate", runs.finished, "--tau", "0")
+    assert (asked["policy"], asked["tau"]) == ("threshold", 0)
+    assert asked["costs"]["macs"] == result["full"]["macs"]
+    assert say("evaluate", runs.unfinished)["policy"] == "threshold"  # nothing is handed over yet
+
+
+def test_a_run_of_gates_that_look_at_the_input_costs_what_is_expected(conditional, capsys, say):
+    capsys.readouterr()
+    network = conditional.read("result.json")["network"]
+    found = say("measure", conditional.path)
+    assert found["costs"] == pytest.approx(
+        {"macs": network["macs"], "params": network["params"], "memory:params": network["memory:params"]}
+        | {"latency": network["latency_ms"]["median"]}
+    )
+    assert found["units"]["macs"] == "MAC"
+    assert list(say("measure", conditional.path, "--costs", "macs")["costs"]) == ["macs"]
+    assert cli.main(["measure", str(conditional.path), "--costs", "steps"]) == cli.WRONG
+    assert "can be measured macs, params, memory:params, latency, got 'steps'" in capsys.readouterr().err
+    mostly = say("measure", conditional.path, "--architecture", conditional.path / "architecture.json")
+    assert set(mostly["costs"]) == {"macs", "steps"}
+    space = say("measure", "resnet", "--space.depth", "8", "--space.conditional", "true")
+    assert set(space["costs"]) == {"macs", "steps"}
+
+
+def test_gates_that_hardly_look_at_the_input_are_folded(conditional, tmp_path, capsys, say):
+    capsys.readouterr()
+    result, out = conditional.read("result.json"), tmp_path / "folded.onnx"
+    told = say("export", conditional.path, "--fold", "0.05", "--out", out)
+    assert told["file"] == str(out)
+    assert told["bytes"] == out.stat().st_size
+    original, folded = told["validation"]["original"], told["validation"]["folded"]
+    assert original["accuracy"] == pytest.approx(result["validation"]["accuracy"])
+    assert original["macs"] == pytest.approx(result["network"]["macs"], rel=1e-5)
+    all_of_them = say("export", conditional.path, "--fold", "0.49", "--out", out)
+    assert 0 < told["constants"] <= all_of_them["constants"] <= told["gates"]
+    assert folded["macs"] < original["macs"]  # what is constant is not decided any more
+    assert set(folded) == set(original) == {"loss", "accuracy", "macs"}
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert load(out)(x).shape == (1, 10)
+    assert cli.main(["export", str(conditional.path), "--fold", "0.05", "--out", str(out)]) == 0  # for a person
+    assert "gates are constants now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--fold", "0.5"), "margin must lie in [0, 0.5), got 0.5"),
+        (
+            ("--fold", "0.1", "--format", "pt2", "--out", "{tmp}/a.pt2"),
+            "a folded network is exported to onnx, got 'pt2'",
+        ),
+    ],
+)
+def test_what_cannot_be_folded_is_said_in_one_line(conditional, runs, tmp_path, capsys, more, message):
+    given = ["--out", str(tmp_path / "a.onnx"), *[word.format(tmp=tmp_path) for word in more]]
+    capsys.readouterr()
+    assert cli.main(["export", str(conditional.path), *given]) == cli.WRONG
+    assert capsys.readouterr().err == f"budgetnet: {message}\n"
+    assert cli.main(["export", str(runs.finished), "--fold", "0.1", "--out", str(tmp_path / "a.onnx")]) == cli.WRONG
+    expected = f"budgetnet: --fold takes a run whose gates look at the input, got {runs.finished}\n"
+    assert capsys.readouterr().err == expected
     assert not list(tmp_path.iterdir())

@@ -809,6 +809,16 @@ def test_requests_that_do_not_fit_the_network(arguments: dict[str, Any], message
         conditional(network, **({"kept": None} | arguments))
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_examples_are_run_in_bfloat16_too(batch: int):
+    network = undecided(stir(spaces.resnet(depth=8, channels=8, conditional=True), 1), 1).eval()
+    plain = conditional(network, None)
+    x = images(network, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain(x).shape == (batch, 10)
+    assert plain(x).dtype == torch.float32
+
+
 def test_inputs_and_tables_that_do_not_fit_the_network():
     network = gated_by_pixels(own=True, groups=False)
     plain = conditional(network, None)

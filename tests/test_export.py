@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import python
 from torch import nn
 
 from budgetnet import spaces
-from budgetnet.export import FORMATS, difference, export, latency, load
+from budgetnet.export import FORMATS, difference, export, file_latency, latency, load
+from budgetnet.export import onnx_session as session
 from budgetnet.extraction import extract, fold_batch_norm
 
 ALONE = """
@@ -111,3 +114,42 @@ def test_latency_is_a_median_between_its_percentiles():
 
 def test_difference_is_the_largest_of_any_output():
     assert difference(lambda x: x, lambda x: x * torch.tensor([1.0, 0.5]), torch.tensor([[1.0, 2.0]])) == 1.0
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_latency_of_a_file_is_that_with_the_threads_that_were_asked_for(kind, tmp_path, monkeypatch):
+    """And afterwards torch has those it had."""
+    file = export(nn.Conv2d(1, 2, 3), tmp_path / f"network.{kind}", torch.zeros(1, 1, 4, 4))
+    seen, before = [], torch.get_num_threads()
+
+    def timed(run, x, *, calls):
+        seen.append(torch.get_num_threads())
+        return latency(run, x, calls=calls)
+
+    def opened(model, threads):
+        seen.append(threads)
+        return session(model, threads)
+
+    module = import_module("budgetnet.export")  # by its name the package has the function
+    monkeypatch.setattr(module, "latency", timed)
+    monkeypatch.setattr(module, "onnx_session", opened)
+    assert file_latency(file, torch.zeros(1, 1, 4, 4), threads=before + 1, calls=10)["median"] > 0
+    assert before + 1 in seen
+    assert torch.get_num_threads() == before
+
+
+def test_an_onnx_file_says_no_more_than_its_graph(tmp_path):
+    """Weights keep their names; what the exporter notes about its own work is not in it."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(8, 3))
+    file = export(network, tmp_path / "network.onnx", torch.zeros(1, 1, 4, 4))
+    model = onnx.load(str(file))
+    onnx.checker.check_model(model, full_check=True)
+    names = [weight.name for weight in model.graph.initializer if not weight.name.startswith("/")]
+    assert names == list(network.state_dict())
+    assert [value.type.tensor_type.shape.dim[0].dim_param for value in (*model.graph.input, *model.graph.output)] == [
+        "batch",
+        "batch",
+    ]
+    for part in (model, model.graph, *model.graph.node, *model.graph.initializer):
+        assert not part.metadata_props
+    assert file.stat().st_size < 4 * sum(value.numel() for value in network.parameters()) + 1000

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import sys
 from functools import lru_cache
 from importlib import import_module
 from itertools import product
@@ -71,6 +73,20 @@ def test_a_function_of_the_architecture_gets_the_names_of_what_is_used():
     assert model(used).tolist() == [0, 3, 3, 4]  # the first connects nothing, which is free and never asked for
     assert seen == [{"stem", "skip", "head"}, {"stem", "conv", "head"}, {"stem", "conv", "skip", "head"}]
     assert all(isinstance(names, frozenset) for names in seen)
+
+
+def test_parameters_that_are_given_by_name_alone_are():
+    def named(*, network: nn.Module) -> float:
+        return float(len(list(network.children())))
+
+    def beside(*, architecture: frozenset[str], scale: float = 2.0) -> float:
+        return scale * len(architecture)
+
+    network, kept = two_choices(), torch.ones(1, 2)
+    assert bn.costs.Function(named).measured(network, kept).value == 3
+    assert bn.costs.Function(beside).measured(network, kept).value == 8
+    examples = bn.costs.Function(lambda *, x, architecture: x.flatten(1).sum(dim=1) * 0 + len(architecture))
+    assert examples.on(lambda: [pixels(3)]).measured(network, kept).value == 4
 
 
 def test_open_groups_of_a_dropped_edge_are_not_named():
@@ -354,6 +370,13 @@ def test_a_limit_may_have_the_units_that_milliseconds_have(file):
     assert bn.Budget.parse(f"{file}:latency<=500us").bind(two_choices()).limit == 0.5
 
 
+def test_a_module_is_found_in_the_working_directory_as_a_console_script_runs(file, monkeypatch):
+    """Which has its own folder on the path, and not the one where it was called."""
+    shutil.copy(file, "costs_of_this_folder.py")
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", os.getcwd())])
+    assert parse_cost("costs_of_this_folder:energy").unit == "mJ"
+
+
 def test_a_file_leaves_the_modules_that_others_import_alone(file):
     import sys
 
@@ -470,6 +493,29 @@ def test_a_noisy_cost_is_measured_as_a_mean_with_its_error():
             assert abs(one.value - mean) < (one.high - one.low)
     exact = bn.costs.Function(lambda network: 7.0).bind(network).measure(torch.ones(1, 2))[0]
     assert (exact.value, exact.low, exact.high) == (7, 7, 7)
+
+
+@pytest.mark.parametrize(("noisy", "calls"), [(True, CALLS), (False, 1)])
+def test_one_architecture_is_measured_by_its_own_calls_alone(noisy: bool, calls: int):
+    network, seen = two_choices(), []
+
+    def children(network: nn.Module) -> int:
+        seen.append(network)
+        return len(list(network.children()))
+
+    bn.costs.Function(children, noisy=noisy).measured(network, torch.tensor([[0.0, 1]]))
+    assert [len(list(plain.children())) for plain in seen] == [2] * calls
+
+
+def test_a_network_is_measured_by_the_calls_of_one_architecture(file, capsys):
+    """`measure` asks a function of the network for no other networks."""
+    many = "asked = []\ndef many(network):\n    asked.append(network)\n    return len(asked)\n"
+    Path("costs.py").write_text(FILE + many)
+    command = ["measure", "resnet_fabric", "--space.width", "1", "--space.channels", "4", "--json", "--costs"]
+    assert cli.main([*command, "costs.py:many,costs.py:many[noisy=true],costs.py:energy"]) == 0
+    costs = json.loads(capsys.readouterr().out)["costs"]
+    assert costs["costs.py:many"] == 1
+    assert costs["costs.py:many[noisy=true]"] == (CALLS + 1) / 2
 
 
 def test_a_cost_of_examples_is_measured_on_all_that_it_was_given():

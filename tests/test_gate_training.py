@@ -309,6 +309,16 @@ def test_the_full_network_teaches_its_samples_and_then_stands_still():
     assert not torch.equal(next(taught.network.modules_on_edges.parameters()), next(iter(before.values())))
 
 
+@pytest.mark.parametrize(("weight", "epochs"), [(0.0, 0), (1.0, 3)])
+def test_images_that_the_full_network_saw_to_teach_are_counted(weight, epochs, tmp_path):
+    """It takes part in all but the warm-up."""
+    digits = bn.data.load("digits").subset(256, seed=0)
+    options = bn.SearchOptions(epochs=4, warmup=0.25, finetune=0.25, distillation=weight, candidates=1)
+    found = bn.search(small_resnet(), digits, ["macs<=70%"], options, out=tmp_path / "run")
+    assert (found.result["images_seen"], found.result["images_taught"]) == (4 * 256, epochs * 256)
+    assert ("768 of them by the full network" in (found.run / "report.html").read_text()) == bool(weight)
+
+
 def test_distillation_is_the_divergence_from_the_full_network():
     one = learner(small_resnet, distillation=2.0)
     x, y = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))

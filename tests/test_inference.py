@@ -1,16 +1,22 @@
 """Ways to decide gates once they are learned, and what they cost: against loops by hand and made-up costs."""
 
+import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 import budgetnet as bn
-from budgetnet.delivery import evaluate_gates, restored
+from budgetnet.conditional.branches import WHOLE
+from budgetnet.data import Batches
+from budgetnet.delivery import evaluate_gates, fold_gates, restored
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
-from budgetnet.inference import Given, Inference, Observed, exit_table, fitting_threshold, observe
+from budgetnet.evaluation import recalibrate
+from budgetnet.inference import Given, Inference, Observed, exit_table, fitting_threshold, observe, settled_threshold
 from budgetnet.runs import RunFolder
 from budgetnet.sites import Sample, Threshold
+from budgetnet.timing import Timing
 
 resnet = partial(bn.spaces.resnet, depth=8, channels=4, image_size=8, in_channels=1, conditional=True)
 exits = partial(bn.spaces.densenet_exits, depth=10, growth=4, image_size=8, in_channels=1, exit_channels=8)
@@ -129,6 +135,37 @@ def test_a_budget_that_no_threshold_keeps_is_said_in_one_line():
         fitting_threshold(budgets(50), look)
 
 
+def test_batch_norms_are_set_again_at_the_threshold_that_is_found():
+    """A network whose cost falls by 12 % where its batch norms are those of a threshold above 1/2, or rises."""
+    settled, looks = [], []
+
+    def look(tau: float) -> Observed:
+        looks.append((tau, settled[-1]))
+        return Observed({}, {"macs": 100 * (1 - tau) * (change if settled[-1] > 0.5 else 1)}, [])
+
+    for change, limit, times in ((0.88, 60, [0.5]), (0.88, 30, 2), (1.12, 30, 3)):
+        settled.clear()
+        tau, seen = settled_threshold(budgets(limit), look, settled.append)
+        assert looks[-1][1] == settled[-1]
+        assert seen.costs["macs"] <= limit
+        assert settled == times if isinstance(times, list) else len(settled) == times
+        assert tau == pytest.approx(settled[-1], abs=1e-9)
+        if change > 1:  # closed further than at first, for what the batch norms cost
+            assert tau == pytest.approx(1 - 0.3 / 1.12, abs=0.01)
+
+
+def test_where_no_threshold_stands_still_the_budget_is_kept_all_the_same():
+    """The cost rises each time that the batch norms are set."""
+    settled = []
+
+    def look(tau: float) -> Observed:
+        return Observed({}, {"macs": 100 * (1 - tau) * 1.1 ** len(settled)}, [])
+
+    _, seen = settled_threshold(budgets(30), look, settled.append)
+    assert len(settled) == 4
+    assert 29 < seen.costs["macs"] <= 30
+
+
 def test_the_exit_table_is_that_of_a_loop_over_examples():
     network, data = stirred(exits), examples()
     table = exit_table(network, 0.5, data, run)
@@ -176,3 +213,116 @@ def test_a_run_is_evaluated_from_its_checkpoint(tmp_path):
         restored(RunFolder(tmp_path), resnet())
     with pytest.raises(FileError, match="the checkpoint is of another network"):
         restored(RunFolder(tmp_path / "run"), resnet(memory=True))
+
+
+def conditional_run(out, budgets=("macs<=60%",), space=resnet, **options) -> bn.Found:
+    """Trained for a moment: its gates are where they began, so that a threshold has to be found."""
+    torch.manual_seed(0)
+    digits = bn.data.load("digits").subset(256, seed=0)
+    searching = bn.SearchOptions(**{"epochs": 2, "validate_every": 2} | options)
+    return bn.search(stirred(space), digits, list(budgets), searching, out=out)
+
+
+@torch.no_grad()
+def delivered(found: bn.Found, split) -> tuple[float, float]:
+    """Mean MACs and accuracy of the network that is handed over, by its own decisions."""
+    model, network = bn.costs.MACs().bind(found.supernet), found.network()
+    batches = Batches(split, batch_size=64, shuffle=False)
+    macs, right = [], []
+    for x, y in batches.epoch(0):
+        output, kept = network.decide(x)
+        macs.append(model(found.supernet.used(kept)))
+        right.append(output.argmax(dim=1) == y)
+    return float(torch.cat(macs).mean()), float(torch.cat(right).float().mean())
+
+
+def test_what_is_reported_of_gates_that_look_at_the_input_is_what_is_handed_over(tmp_path):
+    """In bfloat16, as runs are on this machine by default, decisions differ; the network is handed over in float32."""
+    found = conditional_run(tmp_path / "run", precision="bfloat16")
+    result, digits = found.result, bn.data.load("digits")
+    (budget,) = result["budgets"]
+    assert result["inference"]["tau"] != 0.5
+    macs, accuracy = delivered(found, digits.validation)
+    assert macs == pytest.approx(budget["value"], rel=1e-5) == pytest.approx(result["network"]["macs"], rel=1e-5)
+    assert macs <= budget["limit"] * (1 + 1e-6)
+    assert accuracy == pytest.approx(result["validation"]["accuracy"], abs=2e-3)
+    macs, accuracy = delivered(found, digits.test)
+    assert macs == pytest.approx(result["inference"]["test_costs"]["macs"], rel=1e-5)
+    assert accuracy == pytest.approx(result["test"]["accuracy"], abs=2e-3)
+    assert result["network"]["params"] == sum(value.numel() for value in found.plain.parameters())
+    again = restored(RunFolder(tmp_path / "run"), resnet()).eval()  # as it is handed over, its batch norms too
+    for name, value in found.supernet.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_fixed_architecture_of_gates_that_look_at_the_input_is_handed_over(tmp_path):
+    space = exits(conditional=True)
+    kept = space.ways()[:1]
+    digits = bn.data.load("digits").subset(256, seed=0)
+    options = bn.SearchOptions(epochs=1)
+    found = bn.search(space, digits, ["macs<=100%"], options, architecture=kept, out=tmp_path / "run")
+    assert torch.equal(found.architecture, kept)
+    assert "inference" not in found.result
+    assert found.result["network"]["macs"] == found.result["budgets"][0]["value"]
+    assert found.result["network"]["macs"] < found.result["full"]["macs"]
+    x = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        expected = found.supernet.run(x, found.supernet.used(kept))
+        torch.testing.assert_close(found.network()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("faster", ["branches", "masks"])
+def test_the_network_and_its_file_run_as_is_faster_on_this_machine(tmp_path, monkeypatch, faster):
+    """By made-up times: of an edge and of the network the last way is the fastest, so that nothing is skipped."""
+    calls = []
+
+    def timed(ways, *, calls=0) -> list[Timing]:
+        milliseconds = {"branches": [1.0, 2.0], "masks": [2.0, 1.0]}[faster]
+        return [Timing(np.full(calls, value), 0.0) for value in milliseconds[: len(ways)]]
+
+    def descending(ways, repeats, device) -> list[float]:
+        calls.append(len(ways))
+        return [float(len(ways) - place) for place in range(len(ways))]
+
+    monkeypatch.setattr("budgetnet.conditional.variants.interleaved", timed)
+    monkeypatch.setattr("budgetnet.conditional.tuning.interleaved", descending)
+    found = conditional_run(tmp_path / "run", space=partial(resnet, granularity=(2, 4, 8)))
+    table = json.loads((tmp_path / "run" / "break-even.json").read_text())
+    assert found.network().table == table
+    assert table
+    assert all(rows == {"1": WHOLE._asdict(), "16": WHOLE._asdict()} for rows in table.values())
+    assert calls.count(2) >= 2
+    assert found.result["inference"]["onnx"] == faster
+    assert set(found.result["network"]["onnx_ms"]) == {"branches", "masks"}
+    file = tmp_path / "run" / "network.onnx"
+    assert (b"ReduceMax" in file.read_bytes()) == (faster == "masks")  # whether any group is open, of a table of bits
+    assert not list((tmp_path / "run").glob("network.*.onnx"))
+
+
+def test_gates_that_are_constants_are_not_paid_for():
+    """By hand: the second block's gates are constants, so what it keeps is paid for and its decisions are not."""
+    network, digits = stirred(resnet), bn.data.load("digits")
+    images = Batches(digits.train, batch_size=64).epoch(0)
+    recalibrate(network, lambda x: network.masked(x, Threshold())[0], images)
+    with torch.no_grad():
+        for head in list(network.heads.values())[1:]:  # far from any threshold, every other gate closed
+            head.decide.weight.zero_()
+            head.decide.bias.copy_(10.0 * (1 - 2 * (torch.arange(len(head.decide.bias)) % 2)))
+    macs = bn.costs.MACs().bind(network)
+    first, *others = map(int, network.heads)
+    folded, told = fold_gates(network, digits, 0.5, 0.0)
+    gates = [len(network.own_columns(edge)) for edge in (first, *others)]
+    assert told["gates"] == sum(gates)
+    (branch,) = folded.conditional_branches
+    assert told["constants"] == sum(gates) - len(branch.columns)
+    original, after = told["validation"]["original"], told["validation"]["folded"]
+    assert after["accuracy"] == pytest.approx(original["accuracy"], abs=1e-3)
+    pool = 4 * 8 * 8  # channels and pixels before the first block
+    left = pool + (macs.per_head[first] - pool) * len(branch.columns) / gates[0]
+    spared = sum(macs.per_head.values()) - left
+    assert original["macs"] - after["macs"] == pytest.approx(spared, rel=1e-5)
+
+
+def test_only_gates_that_look_at_the_input_are_folded():
+    with pytest.raises(ConfigError, match="gates to fold are those that look at the input, and resnet has no such"):
+        fold_gates(resnet(conditional=False), bn.data.load("digits"), 0.5, 0.05)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from copy import deepcopy
 from functools import cache
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -11,23 +13,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import connected, every, network_on, random_graph
+from small import connected, every, network_on, random_graph, stir
 from test_gated import gated_network
 from torch import Tensor, fx, nn
 from torch.autograd import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from budgetnet import Budget, Edge, Node, SuperNetwork
+from budgetnet import Budget, Edge, Node, SearchOptions, SuperNetwork, search
 from budgetnet.budgets import check_reachable, cost_name, parse_cost
 from budgetnet.costs import Memory
 from budgetnet.costs.footprints import peak_activations
+from budgetnet.costs.measured import MeasuredModel
 from budgetnet.costs.memory import MemoryCost
+from budgetnet.data import load
 from budgetnet.errors import ConfigError, UnreachableBudget
-from budgetnet.extraction import extract, fold_batch_norm
+from budgetnet.export import FORMATS, export
+from budgetnet.extraction import extract, fold_batch_norm, state_bytes
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.graph import Graph
-from budgetnet.measure import measure_network
+from budgetnet.measure import measure_file, measure_network
 from budgetnet.spaces import conv_fabric, densenet_exits, mobilenet_v2, resnet, resnet_fabric
 
 KINDS = ("params", "activations", "total")
@@ -373,16 +378,99 @@ def test_a_limit_out_of_reach_says_what_the_smallest_consists_of():
         check_reachable(network, [Budget(Memory(), at_most=smallest - 1).bind(network)])
 
 
+# --- the file ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("resnet_fabric", True),
+        ("ends", True),
+        ("mobilenet_v2", True),
+        ("densenet_exits", True),
+        ("segmentation", False),
+    ],
+)
+def test_bytes_of_the_file_are_those_that_an_export_writes(name: str, trained: bool, tmp_path: Path):
+    """To the byte, with channels gathered and scattered, and where biases of zeros are left out."""
+    network = deepcopy(SPACES[name]).eval()
+    network = stir(network, 0) if trained else network
+    kept = connected(network, 1, seed=1, probability=0.7)
+    plain = fold_batch_norm(extract(network, kept))
+    file, pt2 = (export(plain, tmp_path / f"n.{kind}", torch.zeros(1, *network.input_shape)) for kind in FORMATS)
+    model = Memory("file").bind(network)
+    assert isinstance(model, MeasuredModel)
+    [found] = model.measure(kept)
+    assert found.low == found.value == found.high == file.stat().st_size
+    assert (model.trained(kept) == found.value) == trained
+    assert float(model(network.used(kept))) == pytest.approx(found.value, rel=0.08)
+    # the files themselves, which hold what the extracted network does
+    costs, others = (measure_file(path, ["macs", "params", "memory:params", "memory:file"]) for path in (file, pt2))
+    zeros = sum(value.numel() for value in plain.parameters() if not value.any())
+    assert (zeros == 0) == trained
+    assert costs["costs"]["memory:file"] == found.value
+    assert costs["costs"]["macs"] == others["costs"]["macs"]
+    assert costs["costs"]["params"] == others["costs"]["params"] - zeros
+    assert costs["costs"]["memory:params"] == others["costs"]["memory:params"] - 4 * zeros
+    assert others["costs"]["memory:params"] == state_bytes(plain)
+    assert others["costs"]["memory:file"] == pt2.stat().st_size
+    assert costs["units"]["memory:file"] == "B"
+
+
+@pytest.mark.parametrize("name", ["resnet_fabric", "ends"])
+def test_predicted_bytes_of_the_file_rank_networks_and_have_a_gradient(name: str):
+    network = stir(deepcopy(SPACES[name]).eval(), 0)
+    model = Memory("file").bind(network)
+    kept = connected(network, 12, seed=3, probability=0.7)
+    used = network.used(kept)
+    predicted, seen = model(used), torch.tensor([one.value for one in model.measure(kept)], dtype=torch.float64)
+    assert torch.corrcoef(torch.stack([predicted, seen]))[0, 1] > 0.99
+    assert ((predicted / seen - 1).abs() < 0.1).all()  # the smallest file has 4 KB
+    assert model(used * 0).tolist() == [0] * len(used)
+    assert (gradient(model, used).sum(dim=1) > 0).all()
+
+
+def test_a_file_holds_what_its_parameters_take_and_a_constant_for_each_module():
+    """Of a pointwise convolution the same is left however many channels it has."""
+    sizes = []
+    for channels in (16, 24, 32):
+        layers = [nn.Conv2d(3, channels, 1), nn.Conv2d(channels, 3, 1)]
+        network = SuperNetwork([Edge(start="x", end="y", module=nn.Sequential(*layers))], input_shape=(3, 4, 4))
+        [found] = Memory("file").bind(network).measure(torch.ones(1, 1))
+        sizes.append(found.value - 4 * (7 * channels + 3))
+    assert max(sizes) - min(sizes) <= 4  # lengths and sizes above 127 take a byte more
+    assert sizes[0] < 600
+
+
+def test_a_search_keeps_a_limit_on_the_size_of_its_file(tmp_path: Path):
+    """What the result says is the size of network.onnx."""
+    torch.manual_seed(0)
+    space = resnet_fabric(width=1, channels=4, image_size=8, in_channels=1)
+    options = SearchOptions(epochs=3, warmup=0.34, finetune=0.33, candidates=4)
+    digits = load("digits").subset(256, seed=0)
+    found = search(space, digits, ["memory:file<=70%"], options, out=tmp_path / "run")
+    [row] = found.result["budgets"]
+    assert row["met"]
+    assert row["cost"] == "memory:file"
+    assert row["value"] == (tmp_path / "run" / "network.onnx").stat().st_size <= row["limit"]
+    full = fold_batch_norm(extract(stir(space, 0).eval(), space.architecture("full")))
+    whole = export(full, tmp_path / "full.onnx", torch.zeros(1, 1, 8, 8)).stat().st_size
+    assert row["limit"] == pytest.approx(0.7 * whole)
+    assert row["value"] > 0.4 * whole
+
+
 # --- how it is asked for -----------------------------------------------------------------------------------------
 
 
 def test_memory_is_asked_for_by_name():
-    assert [parse_cost(text) for text in ("memory", "memory:params", "memory[of=activations]")] == [
+    assert [parse_cost(text) for text in ("memory", "memory:params", "memory[of=activations]", "memory:file")] == [
         Memory(),
         Memory("params"),
         Memory("activations"),
+        Memory("file"),
     ]
     assert [cost_name(Memory(of)) for of in KINDS] == ["memory:params", "memory:activations", "memory"]
+    assert cost_name(Memory("file")) == "memory:file"
     assert Budget.parse("memory:activations<=20KB").at_most == "20KB"
 
 
@@ -396,11 +484,12 @@ def test_memory_is_measured():
 
 
 def test_memory_that_cannot_be_told():
-    with pytest.raises(ConfigError, match="memory is of params, activations or total, got 'gpu'"):
+    with pytest.raises(ConfigError, match="memory is of params, activations, total or file, got 'gpu'"):
         Memory("gpu")
     network = densenet_exits(depth=10, growth=4, exit_channels=8)
-    with pytest.raises(ConfigError, match="memory needs gates that do not look at the input, and densenet_exits has"):
-        Memory().bind(network)
+    for of in ("total", "file"):
+        with pytest.raises(ConfigError, match="memory needs gates that do not look at the input, and densenet_exits"):
+            Memory(of).bind(network)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 import budgetnet as bn
 from budgetnet.objectives import example_losses
 from budgetnet.options import SearchOptions
-from budgetnet.steering import seeded
 from budgetnet.sites import entropy
+from budgetnet.steering import seeded
 from budgetnet.training import Learner, Sums
 
 STEPS = 3000

@@ -134,7 +134,8 @@ def folder(path: Path, *, value: float = VALUE, finished: bool = True, mark: str
         "budgets": ["macs<=25%"], "search": {"epochs": 9, "schedule": [0.5, mark]},
     }  # fmt: skip
     outcome = {
-        "space": "fabric", "data": "digits", "seed": 7, "images_seen": 12933, "seconds": 3805.0,
+        "space": "fabric", "data": "digits", "seed": 7, "images_seen": 12933, "images_taught": 0,
+        "seconds": 3805.0,
         "budgets": [{"cost": "macs", "unit": "MAC" + mark, "limit": LIMIT, "value": value, "met": value <= LIMIT}],
         "before": [{"cost": "macs", "unit": "MAC" + mark, "limit": LIMIT, "smallest": 2e6, "bound": True,
                     "expected": 3e7, "full": FULL}],
@@ -254,7 +255,16 @@ def test_a_target_may_be_passed_from_above(tmp_path):
 
 
 def test_what_only_a_measurement_shows_is_beside_what_it_was_before(tmp_path):
-    budget = {"cost": "latency", "unit": "ms", "limit": 2.0, "value": 1.9, "met": True, "low": 1.8, "high": 1.95}
+    budget = {
+        "cost": "latency",
+        "unit": "ms",
+        "limit": 2.0,
+        "value": 1.9,
+        "met": True,
+        "low": 1.8,
+        "high": 1.95,
+        "error": 0.031,
+    }
     before = {
         "cost": "latency",
         "unit": "ms",
@@ -266,7 +276,9 @@ def test_what_only_a_measurement_shows_is_beside_what_it_was_before(tmp_path):
     }
     run = folder(tmp_path / "run", budgets=[budget], before=[before])
     change(run / "options.json", "budgets.0", "latency<=2ms")
-    assert "uses 1.9 of at most 2 ms (50 % of the full super network)" in page(write(run))
+    text = page(write(run))
+    assert "uses 1.9 of at most 2 ms (50 % of the full super network)" in text
+    assert "Half of the predictions for networks that were not known before lay within 3.1 %." in text
 
 
 def test_segmentation_is_told_in_mean_iou(tmp_path):

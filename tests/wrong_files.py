@@ -112,6 +112,22 @@ def onnx_file(kind: str, shape: list[int | str]) -> Prepare:
     return prepare
 
 
+def branching(tmp: Path, runs: Any) -> None:
+    """A network that computes what its input needs: one identity or another."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 4, 4]) for name in "xy"]
+    ways = {
+        f"{name}_branch": helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], name, [], values[1:])
+        for name in ("then", "else")
+    }
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0),
+        helper.make_node("Cast", ["top"], ["bright"], to=TensorProto.BOOL),
+        helper.make_node("If", ["bright"], ["y"], **ways),
+    ]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp / "network.onnx")
+
+
 def archive(change: Callable[[str, bytes], bytes], *extra: tuple[str, bytes], packed: bool = False) -> Prepare:
     """A copy of the finished run's .pt2, its members changed and others added."""
 

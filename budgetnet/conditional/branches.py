@@ -41,6 +41,10 @@ class Limits(NamedTuple):
         return self.row_cost + (1 - self.row_cost) * channels * rows / max(self.rows, 1e-9)
 
 
+WHOLE = Limits(0.0, 0.0, 0.0, 0.0)
+"""Skipping never pays: a batch is computed whole and masked. A single example skips the edges that it leaves."""
+
+
 class Part(NamedTuple):
     """Examples that are run together.
 

@@ -63,6 +63,8 @@ class PooledHead(Head):
         A second layer as small as this one mostly is takes longer to call than to compute in Python.
         """
         channels = x.shape[1]
+        if torch.is_autocast_enabled(x.device.type):  # which casts some of what follows and leaves the rest
+            return super().one(x)
         if x.is_contiguous():
             flat = x.view(channels, -1)
         elif x.is_contiguous(memory_format=torch.channels_last):

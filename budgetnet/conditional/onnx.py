@@ -24,6 +24,9 @@ from budgetnet.errors import ConfigError
 from budgetnet.export import load
 from budgetnet.onnx_pieces import Pieces, Scope
 
+BRANCHES, WIDE = 8, 32
+"""Combinations of an edge's groups up to which each has a branch, and channels from which on each group has one."""
+
 TOLERANCE = 1e-3
 """Largest difference, relative to the largest output, of a file from its network."""
 
@@ -32,7 +35,7 @@ UNDECIDED = 1e-4
 
 
 def export_conditional(
-    network: ConditionalNetwork, path: str | Path, example: Tensor, *, branches: int = 8, wide: int = 32
+    network: ConditionalNetwork, path: str | Path, example: Tensor, *, branches: int = BRANCHES, wide: int = WIDE
 ) -> Path:
     """Writes a network to an ONNX file that takes one example and runs what its gates open.
 
@@ -178,6 +181,17 @@ def part_of(body: Body, owner: int) -> Variant:
     return Variant(None, (*steps[:-1], steps[-1]._replace(bias=None)), None, ())
 
 
+def kind_of(body: Body, branches: int = BRANCHES, wide: int = WIDE) -> str:
+    """How channel groups are written: a "tree" of their combinations, a "sum" of branches, or a "mask"."""
+    if 2**body.groups <= max(1, branches):
+        return "tree"
+    sizes = Counter(body.owners[0])
+    between = [(None, 0), *[(0, 0)] * (len(body.layers) - 2), (0, None)]
+    hidden = len(body.owners) == 1 and list(body.places) == between and body.reads is None and body.writes is None
+    mixing = isinstance(body.layers[-1], nn.Conv2d)
+    return "sum" if hidden and mixing and min(sizes.values()) >= wide else "mask"
+
+
 def as_it_is(value: str, scope: Scope) -> str:
     """A branch that passes on what was there before."""
     return value
@@ -215,7 +229,7 @@ class Writer:
             body, start = edge.body, shapes[edge.start]
             if edge.head is not None:
                 places["head", edge.name, ()] = pieces.add(edge.head, start)
-            kind = "" if body.passes else self._kind(edge)
+            kind = "" if body.passes else kind_of(edge.body, self.branches, self.wide)
             for pattern in self._patterns(edge) if kind == "tree" else []:
                 frozen = Frozen(body.variant(pattern), body.channels)
                 places["body", edge.name, pattern] = pieces.add(frozen, start)
@@ -309,7 +323,7 @@ class Writer:
 
     def _added(self, scope: Scope, edge: Branch, start: Known, asked: Asked, total: str | None) -> str:
         """Writes the sum of `total`, None for nothing, and of what is on an edge."""
-        kind = "" if edge.body.passes else self._kind(edge)
+        kind = "" if edge.body.passes else kind_of(edge.body, self.branches, self.wide)
         if kind == "sum":
             return self._groups(scope, edge, start, asked, total)
         if kind == "mask":
@@ -340,17 +354,6 @@ class Writer:
                 total = scope.choose(asked.bits[owner], then, otherwise)
         return total
 
-    def _kind(self, edge: Branch) -> str:
-        """How channel groups are written: a "tree" of their combinations, a "sum" of branches, or a "mask"."""
-        body = edge.body
-        if 2**body.groups <= max(1, self.branches):
-            return "tree"
-        sizes = Counter(body.owners[0])
-        between = [(None, 0), *[(0, 0)] * (len(body.layers) - 2), (0, None)]
-        hidden = len(body.owners) == 1 and list(body.places) == between and body.reads is None and body.writes is None
-        mixing = isinstance(body.layers[-1], nn.Conv2d)
-        return "sum" if hidden and mixing and min(sizes.values()) >= self.wide else "mask"
-
     def _tree(self, edge: Branch, start: Known, asked: Asked, pattern: Pattern, scope: Scope) -> str:
         """A branch for each combination of groups that continues `pattern`; those that close a site do not occur."""
         if len(pattern) == edge.body.groups:
@@ -380,7 +383,7 @@ class Writer:
         if not groups:
             conditions.append(bits)
             return Asked(self._all(scope, conditions))
-        masked = self._kind(edge) == "mask"
+        masked = kind_of(edge.body, self.branches, self.wide) == "mask"
         sizes = [1] * edge.own + ([groups] if masked else [1] * groups)
         parts = scope.split(bits, sizes)
         if edge.own:

@@ -225,28 +225,27 @@ class MACs:
 
 @dataclass(frozen=True)
 class Params:
-    """Learned numbers of the network: weights, biases and the batch norms' affine terms.
-
-    Gates that do not look at the input are gone once the network is extracted, and are not counted.
-
-    Attributes:
-        gates: count those of the layers that decide gates by the input.
+    """Learned numbers of the extracted network: weights, biases and the batch norms' affine terms.
 
     Source: BSN, section 4.1 ("memory consumption cost"), Table 3.
     """
 
-    gates: bool = True
     key: ClassVar[str] = "params"
     unit: ClassVar[str] = "parameter"
 
     def bind(self, network: SuperNetwork) -> EdgeCost:
-        """The cost of this network's architectures."""
+        """The cost of this network's architectures.
+
+        Raises:
+            ConfigError: gates look at the input: such a network holds all parameters, whatever an example uses.
+        """
+        if network.heads:
+            raise ConfigError(f"params needs gates that do not look at the input, and {network.name} has such gates")
 
         def count(module: nn.Module, shape: Shape) -> int:
             return sum(value.numel() for value in module.parameters())
 
-        heads = {int(edge): float(count(head, ())) for edge, head in network.heads.items()} if self.gates else {}
-        return edge_cost(network, count, self.unit, heads=heads)
+        return edge_cost(network, count, self.unit)
 
 
 def edge_cost(

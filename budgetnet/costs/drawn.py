@@ -56,7 +56,8 @@ class DrawnModel:
     So an "at most" budget pays for `E[max(0, C / limit - 1)]`, which is more than `max(0, E[C] / limit - 1)` where C
     lies on both sides of the limit: costs that vary much are kept further below it.
 
-    All else goes by what a linear fit to the values seen so far predicts, and what is handed over by `measure`.
+    All else goes by what a linear fit to the values seen so far predicts, those of `begin` first, and what is handed
+    over by `measure`.
 
     Args:
         network: whose architectures are priced.
@@ -85,8 +86,11 @@ class DrawnModel:
         self.network, self.at, self.unit, self.noisy, self.examples = network, at, unit, noisy, examples
         self.remembered = None if noisy or examples else remembered(at)
         self.fit = LinearFit(network.units)
+
+    def begin(self) -> None:
+        """Draws the costs of architectures of all sizes, which predictions are fitted to and judged by."""
+        network, inputs = self.network, self._batches()
         kept = widely(network, FIRST + JUDGED, torch.Generator().manual_seed(0))
-        inputs = self._batches()
         self._take_up(paid_for(network, network.used(kept[:FIRST])), list(islice(inputs, FIRST)))
         self.full = self.measure(kept[:1])[0].value
         self.refit(kept[FIRST:])

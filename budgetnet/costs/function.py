@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from budgetnet.costs.drawn import DrawnModel, ExactModel, Examples, Value
+from budgetnet.costs.measured import Measured
 from budgetnet.errors import ConfigError
 from budgetnet.extraction import extract
 from budgetnet.supernet import SuperNetwork
@@ -73,6 +75,7 @@ class Function:
             raise ConfigError(
                 f"{self.key} must take architecture or network, or one of them and x, got ({', '.join(names)})"
             )
+        self.by_name = of == "" and self.beside in required(call, kind=inspect.Parameter.KEYWORD_ONLY)
         self.examples: Examples | None = None
 
     @property
@@ -90,9 +93,28 @@ class Function:
         """The cost of this network's architectures; one that is drawn is asked for some of them.
 
         Raises:
+            ConfigError: as `measured`.
+        """
+        model = self._model(network)
+        if isinstance(model, DrawnModel):
+            model.begin()
+        return model
+
+    def measured(self, network: SuperNetwork, kept: Tensor) -> Measured:
+        """What an architecture, `(1, G)`, costs; nothing is predicted, and no other is asked for.
+
+        Raises:
             ConfigError: the network has gates that look at the input, examples are read and there are none, or the
                 function raises an error or returns something else than numbers >= 0.
         """
+        model = self._model(network)
+        if isinstance(model, DrawnModel):
+            return model.measure(kept)[0]
+        value = float(model(network.used(kept))[0])
+        return Measured(value, value, value)
+
+    def _model(self, network: SuperNetwork) -> ExactModel | DrawnModel:
+        """The cost of this network's architectures, none of which was asked for yet."""
         if network.heads:
             raise ConfigError(
                 f"{self.key} needs gates that do not look at the input, and {network.name} has such gates"
@@ -117,7 +139,10 @@ class Function:
     def _call(self, given: frozenset[str] | nn.Module, x: Tensor | None) -> Tensor:
         """`(n,)` float64: the number it returns, or those of the examples."""
         try:
-            found = self.call(given) if self.of != "examples" else self.call(**{self.beside: given, "x": x})
+            if self.of == "examples":
+                found = self.call(**{self.beside: given, "x": x})
+            else:
+                found = self.call(**{self.beside: given}) if self.by_name else self.call(given)
         except Exception as error:  # the user's own code may raise anything
             raise ConfigError(f"{self.key} raised {type(error).__name__}: {error}") from error
         try:
@@ -168,7 +193,7 @@ def function_in(text: str, *, taken: Collection[str]) -> Function | None:
 
 
 def module_at(place: str) -> ModuleType:
-    """The module in a file, read anew under a name of its own, or the one of a name.
+    """The module in a file, read anew under a name of its own, or the one of a name, also in the working directory.
 
     Raises:
         ConfigError: there is none, or it raises an error.
@@ -176,6 +201,8 @@ def module_at(place: str) -> ModuleType:
     path = Path(place)
     try:
         if not place.endswith(".py"):
+            if not {"", os.getcwd()} & set(sys.path):  # of a console script; `python -m` looks there by itself
+                sys.path.append(os.getcwd())
             return importlib.import_module(place)
         if not path.is_file():
             raise ConfigError(f"expected a Python file at {place}, found none")
@@ -197,8 +224,12 @@ def module_at(place: str) -> ModuleType:
         raise ConfigError(f"{place} raised {type(error).__name__}: {error}") from error
 
 
-def required(call: Callable[..., Any]) -> tuple[str, ...]:
+def required(call: Callable[..., Any], *, kind: Any = None) -> tuple[str, ...]:
     """Names of the parameters that have to be given.
+
+    Args:
+        call: the function.
+        kind: of `inspect.Parameter`, for those alone.
 
     Raises:
         ConfigError: the function does not tell.
@@ -208,7 +239,8 @@ def required(call: Callable[..., Any]) -> tuple[str, ...]:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"a function that does not tell its parameters needs `of`, got {shortened(call)}") from error
     spread = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return tuple(each.name for each in known if each.default is each.empty and each.kind not in spread)
+    given = [each for each in known if each.default is each.empty and each.kind not in spread]
+    return tuple(each.name for each in given if kind in (None, each.kind))
 
 
 def decided(network: SuperNetwork, bits: Tensor) -> Tensor:

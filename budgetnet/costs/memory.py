@@ -1,4 +1,4 @@
-"""Memory: the bytes that a network holds, and the most bytes of activations that it holds at once."""
+"""Memory: the bytes that a network holds, those of activations that it holds at once at most, and those of its file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from budgetnet.costs.file_size import FileSize
 from budgetnet.costs.footprints import ChannelFootprint, end_sites, least_open, units_of
 from budgetnet.costs.held import held_bytes
 from budgetnet.costs.liveness import Liveness
@@ -29,13 +30,14 @@ class Memory:
     are the most bytes of activations alive at once while it runs one example, operator after operator in its own
     order: its input and every value live from when they are computed until their last reader has run, an operator's
     inputs and output are alive while it runs, and nothing is computed in place. Sequences are seen into; views take
-    nothing new (`footprints`). "total" is the sum of both.
+    nothing new (`footprints`). "total" is the sum of both. "file" are the bytes of the .onnx file that `export` writes,
+    which are predicted in training and counted on what is handed over (`FileSize`).
 
     The peak is the largest of linear functions of the open channels and has their gradient; for edges it has that of
     the operator at which it stands.
 
     Attributes:
-        of: "params", "activations" or "total".
+        of: "params", "activations", "total" or "file".
 
     Raises:
         ConfigError: `of` is none of these.
@@ -48,18 +50,19 @@ class Memory:
     unit: ClassVar[str] = "B"
 
     def __post_init__(self) -> None:
-        if self.of not in ("params", "activations", "total"):
-            raise ConfigError(f"memory is of params, activations or total, got {self.of!r}")
+        if self.of not in ("params", "activations", "total", "file"):
+            raise ConfigError(f"memory is of params, activations, total or file, got {self.of!r}")
 
-    def bind(self, network: SuperNetwork) -> MemoryCost:
+    def bind(self, network: SuperNetwork) -> MemoryCost | FileSize:
         """The cost of this network's architectures.
 
         Raises:
-            ConfigError: gates look at the input: such a network holds everything, whatever an example uses.
+            ConfigError: gates look at the input: such a network holds everything, whatever an example uses; or its
+                file is asked for and a layer cannot be written to ONNX.
         """
         if network.heads:
             raise ConfigError(f"memory needs gates that do not look at the input, and {network.name} has such gates")
-        return MemoryCost(network, self.of)
+        return FileSize(network) if self.of == "file" else MemoryCost(network, self.of)
 
 
 @dataclass(frozen=True)

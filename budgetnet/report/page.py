@@ -201,7 +201,9 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         ("Time", duration(seconds)),
     ]
     if images is not None:
-        rows.append(("Images seen", f"{si(images)} in {len(run.epochs)} epochs"))
+        taught = run.result.images_taught if run.result else 0
+        beside = f", {si(taught)} of them by the full network as well, which taught" if taught else ""
+        rows.append(("Images seen", f"{si(images)} in {len(run.epochs)} epochs{beside}"))
     if run.result is not None:
         rows.append(("Seed", str(run.result.seed)))
     return rows

@@ -102,6 +102,7 @@ class Outcome:
     low: float | None = None  # of one that was measured: between which it is expected when it is measured again
     high: float | None = None
     predicted: float | None = None
+    error: float | None = None  # median relative error of predictions for networks they were not fitted to
     notes: tuple[str, ...] = ()  # what was noticed while it was measured
 
     @property
@@ -130,6 +131,7 @@ class Result:
 
     seed: int
     images_seen: float
+    images_taught: float  # of these, those that the full network saw as well, to teach
     seconds: float
     budgets: tuple[Outcome, ...]
     full: dict[str, float]  # of the super network; of what can only be measured, as measured before the search
@@ -149,6 +151,7 @@ class Result:
         return cls(
             seed=record.whole("seed"),
             images_seen=record.number("images_seen"),
+            images_taught=record.number("images_taught"),
             seconds=record.number("seconds"),
             budgets=tuple(
                 Outcome(
@@ -158,7 +161,7 @@ class Result:
                     value=budget.number("value"),
                     at_most="~=" not in sign,
                     met=budget.flag("met"),
-                    **{key: budget.maybe_number(key) for key in ("low", "high", "predicted")},
+                    **{key: budget.maybe_number(key) for key in ("low", "high", "predicted", "error")},
                     notes=tuple(budget.texts("notes")) if "notes" in budget.values else (),
                 )
                 for budget, sign in zip(budgets, signs, strict=True)

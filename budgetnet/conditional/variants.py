@@ -1,0 +1,100 @@
+"""Of the ways to run a conditional network, and to write it to a file, those that are fastest on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from budgetnet.conditional import tuning
+from budgetnet.conditional.branches import WHOLE, Limits
+from budgetnet.conditional.network import ConditionalNetwork
+from budgetnet.conditional.onnx import export_conditional, kind_of
+from budgetnet.export import load
+from budgetnet.timing import interleaved
+
+VARIANTS: dict[str, dict[str, int]] = {"branches": {}, "masks": {"branches": 1, "wide": sys.maxsize}}
+"""How an edge's channel groups are written, as options of `export_conditional`; the first unless another is faster."""
+
+CALLS = 8
+"""Times that all examples are run in each file."""
+
+
+class Written(TypedDict):
+    """How a file was written.
+
+    Attributes:
+        groups: the variant.
+        ms: milliseconds of one example in each that was written, the median over runs of all examples.
+    """
+
+    groups: str
+    ms: dict[str, float]
+
+
+def tune_fastest(network: ConditionalNetwork, examples: Tensor, repeats: int) -> None:
+    """Measures where skipping pays as `ConditionalNetwork.tune` does, for this batch size, unless it never pays.
+
+    The whole network is then run as its edges were measured, and with every batch computed whole and masked; what is
+    faster stays.
+
+    Args:
+        network: learns how it is run.
+        examples: `(B, C, H, W)` real examples: which gates they open decides what is faster.
+        repeats: times that each way is measured.
+    """
+    network.tune(examples, repeats=repeats)
+    edges, batch = network.conditional_branches, len(examples)
+    ways = [[edge.limits[batch] for edge in edges], [WHOLE] * len(edges)]
+
+    def run(limits: Sequence[Limits]) -> None:
+        for edge, own in zip(edges, limits, strict=True):
+            edge.learn({batch: own})
+        network(examples)
+
+    times = tuning.interleaved([partial(run, limits) for limits in ways], repeats, examples.device)
+    run(ways[times.index(min(times))])
+
+
+def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tensor) -> Written:
+    """Writes a network to an ONNX file as `export_conditional` does, its channel groups in the way that is faster.
+
+    Edges that may be closed are branches in any case: an example saves what it does not run.
+
+    Args:
+        network: stays as it is.
+        path: where to, ends in .onnx.
+        examples: `(B, C, H, W)` real examples: which gates they open decides what is faster.
+
+    Raises:
+        ConfigError: as `export_conditional`.
+    """
+    path = Path(path)
+    kinds = {
+        name: [kind_of(edge.body, **options) for edge in network.conditional_branches]
+        for name, options in VARIANTS.items()
+    }
+    names = [name for name, kind in kinds.items() if name == "branches" or kind != kinds["branches"]]
+    files = {name: path.with_name(f"{path.stem}.{name}{path.suffix}") for name in names}
+    try:
+        for name, file in files.items():
+            export_conditional(network, file, examples, **VARIANTS[name])
+        runs = [partial(one_by_one, load(file), examples) for file in files.values()]
+        times = [timing.quantile(0.5) / len(examples) for timing in interleaved(runs, calls=CALLS)]
+        ms = dict(zip(files, times, strict=True))
+        chosen = min(ms, key=lambda name: ms[name])
+        files[chosen].replace(path)
+    finally:
+        for file in files.values():
+            file.unlink(missing_ok=True)
+    return {"groups": chosen, "ms": ms}
+
+
+def one_by_one(run: Callable[[Tensor], Tensor], examples: Tensor) -> Tensor:
+    """What a file that takes one example gives for several."""
+    return torch.cat([run(row[None]) for row in examples])
