@@ -27,6 +27,9 @@ from torch import Tensor, nn
 import budgetnet as bn
 from budgetnet.data import Batches
 from budgetnet.evaluation import evaluate
+from budgetnet.report import gate_figures
+from budgetnet.report.architecture import Architecture
+from budgetnet.report.records import read_json
 from budgetnet.selection import trimmed
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
@@ -212,10 +215,9 @@ def random_shape(space: bn.SuperNetwork, share: float, seed: int) -> Tensor:
 
 
 def polarised(run: Path) -> float:
-    """Share of the gates whose probability ended below 0.05 or above 0.95."""
-    sites = json.loads((run / "architecture.json").read_text())["sites"]
-    probabilities = [p for site in sites for p in site["probability"] if p is not None]
-    return sum(p < 0.05 or p > 0.95 for p in probabilities) / max(1, len(probabilities))
+    """Share of the gates that ended open with a probability, or for a share of images, below 0.05 or above 0.95."""
+    some, count = gate_figures.polarised(Architecture.read(read_json(run / "architecture.json")))
+    return some / max(1, count)
 
 
 def print_table(table: dict[tuple[int, str], list[dict[str, Any]]]) -> None:

@@ -18,10 +18,20 @@ from budgetnet.runs import RunFolder
 from budgetnet.supernet import SuperNetwork
 
 
-def describe(network: SuperNetwork, kept: Tensor, budgets: Sequence[BoundBudget]) -> dict[str, Any]:
-    """An architecture as data: what `architecture.json` holds and `read_architecture` reads."""
+def describe(
+    network: SuperNetwork, kept: Tensor, budgets: Sequence[BoundBudget], rates: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """An architecture as data: what `architecture.json` holds and `named` reads.
+
+    Args:
+        network: whose architecture it is.
+        kept: `(1, G)` decisions.
+        budgets: of the network, by which its modules are priced.
+        rates: `(G,)` shares of examples for which gates are open that look at them, where that was seen; else
+            their probability on the average one.
+    """
     bits, used = network.decisions(kept)[0].bool().tolist(), network.used(kept)[0].bool().tolist()
-    gates = network.probabilities().tolist()
+    gates = network.probabilities().tolist() if rates is None else rates
     probability = [None if column is None else gates[column] for column in network.gate_of]
     priced = [(budget.name, weights) for budget in budgets if (weights := _of_edges(budget, network.used(kept)))]
     connected = budgets if bool(network.connects(network.used(kept))[0]) else ()

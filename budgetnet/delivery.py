@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -98,7 +98,7 @@ def deliver(session: Session, limits: list[dict[str, Any]]) -> Found:
         "candidates": session.candidates,
         **own,
     }
-    session.write_architecture(kept)
+    session.write_architecture(kept, own.get("inference", {}).get("rates"))
     session.run.write("result.json", result)
     report.write(session.run.path)
     return Found(plain, kept, supernet, result, session.run.path)
@@ -146,9 +146,10 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
     looked at in float32, in which the network is handed over, and the checkpoint holds it as it is then. How it
     runs, in torch and in its file, is chosen by what is faster on this machine.
     """
-    network, budgets = session.network, {budget.name: budget.model for budget in session.budgets}
+    network = session.network
+    models = {"macs": MACs().bind(network)} | {budget.name: budget.model for budget in session.budgets}
 
-    def look(tau: float, batches: Batches = session.validation, models: Mapping[str, CostModel] = budgets) -> Observed:
+    def look(tau: float, batches: Batches = session.validation) -> Observed:
         examples, data = batches.epoch(0), session.data
         return observe(
             network, Inference(tau=tau), examples, classes=data.num_classes, ignore=data.ignore, models=models
@@ -161,7 +162,6 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
     # a GPU would round float32 to fewer digits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         tau, seen = settled_threshold(session.budgets, look, settle)
-        expected = look(tau, models={"macs": MACs().bind(network)}).costs
         curve = [(at, look(at)) for at in CURVE]
         test = look(tau, session.test_batches())
         exits = exit_table(network, tau, session.test_batches().epoch(0), SuperNetwork.forward) if network.exits else []
@@ -183,7 +183,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
         {
             "budgets": [reached(budget, seen.costs[budget.name]) for budget in session.budgets],
             "network": {
-                "macs": expected["macs"],
+                "macs": seen.costs["macs"],
                 "params": sum(value.numel() for value in plain.parameters()),
                 "memory:params": state_bytes(plain),
                 "latency_ms": {**file_latency(path, x[:1]), "runtime": "onnxruntime", "threads": 1, "batch": 1},
@@ -194,6 +194,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
             "inference": {
                 "policy": "threshold",
                 "tau": tau,
+                "rates": seen.rates,
                 "test_costs": test.costs,
                 "curve": [{"tau": at, "accuracy": one.quality["accuracy"], "costs": one.costs} for at, one in curve],
                 "exits": exits,

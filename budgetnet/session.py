@@ -328,9 +328,9 @@ class Session:
         """Quality over all of some batches."""
         return evaluate(predict, batches.epoch(0), classes=self.data.num_classes, ignore=self.data.ignore)
 
-    def write_architecture(self, kept: Tensor) -> None:
-        """Writes architecture.json: the graph, what is kept and used, how probable and how costly it is."""
-        self.run.write("architecture.json", describe(self.network, kept, self.budgets))
+    def write_architecture(self, kept: Tensor, rates: Sequence[float] | None = None) -> None:
+        """Writes architecture.json: the graph, what is kept and used, how probable, or often seen, and how costly."""
+        self.run.write("architecture.json", describe(self.network, kept, self.budgets, rates))
 
 
 def best_of(scores: Sequence[float], rooms: Sequence[float], *, images: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -364,6 +365,15 @@ def test_memory_keeps_clear_of_strided_convolutions_that_read_few_channels():
     assert memory_format(nn.Conv2d(4, 8, 1)) == torch.channels_last
 
 
+def assert_rates_are_drawn(space: bn.SuperNetwork, rates: list[float], run: Path) -> None:
+    """architecture.json has for how many validation images each gate was open, and the page says so."""
+    told = json.loads((run / "architecture.json").read_text())
+    shown = [edge["probability"] for edge in told["edges"]]
+    shown += [share for site in told["sites"] for share in site["probability"]]
+    assert shown == [None if column is None else rates[column] for column in space.gate_of]
+    assert "count with the share of validation images that open them" in (run / "report.html").read_text()
+
+
 @pytest.mark.parametrize("options", [{"conditional": True, "gates": "both", "granularity": 2}, {"gates": "both"}])
 def test_a_search_with_gates_keeps_its_budget_and_hands_over_what_it_found(options, tmp_path):
     """Real digits, from the search to the file that onnxruntime runs."""
@@ -385,6 +395,7 @@ def test_a_search_with_gates_keeps_its_budget_and_hands_over_what_it_found(optio
     assert (tmp_path / "run" / "report.html").exists()
     if options.get("conditional"):
         assert [point["tau"] for point in result["inference"]["curve"]] == [0.1, 0.3, 0.5, 0.7, 0.9]
+        assert_rates_are_drawn(found.supernet, result["inference"]["rates"], tmp_path / "run")
         with torch.no_grad():
             masked = found.supernet.masked(
                 x, Inference(tau=result["inference"]["tau"]).deciders(5, torch.Generator())[0]

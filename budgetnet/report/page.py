@@ -179,7 +179,8 @@ def evidence(run: Run) -> list[tuple[str, str]]:
             value, full = run.result.network[cost], run.result.full.get(cost)
             part = f", {share(value, full)} of the full super network's {si(full)}" if full else ""
             rows.append((name, f"{exact(value)} {plural(unit)}{part}"))
-    inference, units = run.result.inference, {budget.cost: budget.unit for budget in run.result.budgets}
+    inference = run.result.inference
+    units = {"macs": "MAC"} | {budget.cost: budget.unit for budget in run.result.budgets}
     for cost, value in (inference.test_costs if inference else {}).items():
         rows.append((f"{cost} on the test images, on average", f"{si(value)} {plural(units.get(cost, ''))}"))
     for name, measured in (("Validation", run.result.validation), ("Test", run.result.test)):
