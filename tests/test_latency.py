@@ -299,6 +299,24 @@ def test_a_machine_that_wavers_widens_what_is_expected_again(monkeypatch):
 
 
 @pytest.mark.usefixtures("clocked")
+def test_a_network_takes_what_the_middle_one_of_three_that_were_built_does(monkeypatch):
+    space = SPACES["fabric"]().eval()
+    kept = widely(space, 2, generator())
+    model, before, built = Latency().bind(space), Assembler.whole, []
+
+    def whole(self: Assembler, row: Tensor) -> float:
+        """The second of three is fast, the third slow."""
+        built.append(row)
+        return before(self, row) * (1.0, 0.9, 1.2)[(len(built) - 1) % 3]
+
+    usual = [one.value for one in model.measure(kept)]
+    monkeypatch.setattr(Assembler, "whole", whole)
+    for one, value in zip(model.measure(kept), usual, strict=True):
+        assert (one.low, one.value, one.high) == pytest.approx((0.9 * value, value, 1.2 * value))
+    assert len(built) == 6
+
+
+@pytest.mark.usefixtures("clocked")
 def test_a_faster_or_slower_machine_is_no_error_of_the_prediction(monkeypatch):
     space = SPACES["fabric"]().eval()
     model = Latency().bind(space)

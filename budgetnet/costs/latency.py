@@ -27,6 +27,11 @@ NETWORKS = {"compiled": 6}
 """Whole networks that are measured before a search: so few where each takes long to build, else 48."""
 EACH_EPOCH = {"compiled": 0}
 """Whole networks that are measured after an epoch of a search, else 4."""
+BUILDS = {"compiled": 1}
+"""Times that a network is built to be measured for what it takes: one that takes long is built once, others 3 times.
+
+Where its weights come to lie in memory makes the same network up to a sixth slower or faster.
+"""
 SLOWER, NOISY = 1.1, 0.25
 """A machine is slower when the yardstick takes so many times as long; noisy when so many calls are interrupted."""
 WAVER = 0.05
@@ -166,8 +171,18 @@ class LatencyModel:
         return [own + self.base * (start == source) for own, start in zip(self.times.along_path, starts, strict=True)]
 
     def measure(self, kept: Tensor, *, calls: int = 200) -> list[Measured]:
-        """What the extracted networks of `(n, G)` architectures take, in turns on this machine."""
-        return self._measured(kept, calls)[0]
+        """What the extracted networks of `(n, G)` architectures take, in turns on this machine.
+
+        Each is built several times, and takes what the middle one does; the others widen what is expected again.
+        """
+        builds = BUILDS.get(self.cost.runtime, 3)
+        found = self._measured(kept.repeat_interleave(builds, dim=0), -(-calls // builds))[0]
+        groups = [found[place : place + builds] for place in range(0, len(found), builds)]
+        middles = [sorted(group, key=lambda one: one.value)[builds // 2] for group in groups]
+        return [
+            Measured(one.value, min(one.low, *values), max(one.high, *values))
+            for one, values in zip(middles, [[each.value for each in group] for group in groups], strict=True)
+        ]
 
     def refit(self, kept: Tensor, *, judge: bool = True) -> None:
         """Measures the networks of `(n, G)` architectures and fits the weights to all measured so far.
