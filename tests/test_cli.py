@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -315,7 +316,7 @@ def test_gates_that_look_at_the_input_are_evaluated_as_the_run_decides(condition
 def test_policy_threshold_runs_and_seed_are_what_is_evaluated(conditional, capsys, say):
     """Each of them changes what is seen."""
     capsys.readouterr()
-    look = lambda *more: say("evaluate", conditional.path, "--recalibration", "0", *more)  # noqa: E731
+    look = partial(say, "evaluate", conditional.path, "--recalibration", "0")
     own, every, low = look(), look("--policy", "always-on"), look("--tau", "0.4")
     assert every["activation"] == 1 > low["activation"] > own["activation"]
     assert every["costs"]["macs"] > low["costs"]["macs"] > own["costs"]["macs"]

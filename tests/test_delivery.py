@@ -85,7 +85,10 @@ def test_a_network_with_exits_its_file_and_its_result_agree(exits):
 def test_a_network_with_exits_has_batch_norms_of_training_images(exits):
     """Which exit is taken changes nothing before a batch norm."""
     digits, found = exits
-    run = lambda network, x: network.masked(x, Threshold())  # noqa: E731
+
+    def run(network, x):
+        return network.masked(x, Threshold())
+
     assert unsettled(found.supernet, run, recalibrating(digits, EPOCHS)) < 1e-4
 
 
