@@ -47,7 +47,8 @@ class SearchOptions:
             for 1, and for the limit's own share.
         gate_decay: weight decay of the gates; "papers" for 20 / G * 1e-4.
         distillation: weight of the loss that draws samples, and the chosen network, to what the full
-            network predicts for the same images; 0 for none. The full network learns beside its samples.
+            network predicts for the same images; 0 for none. The full network learns beside its samples,
+            and, once one is chosen, with weights of its own beside that.
         epochs: passes over the training images in all, >= 1.
         warmup: share of the epochs before sampling starts, in [0, 1); BSN: 50 of 300.
         finetune: share of the epochs for the chosen architecture, in [0, 1).

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from budgetnet.budgets import BoundBudget
 from budgetnet.errors import DivergenceError
@@ -47,9 +47,7 @@ class Learner(Steering):
         super().__init__(network, budgets, options)
         options, decay = self.options, self.gate_decay
         self.ignore, self.device, self.dtype = ignore, device, dtype
-        named = list(network.named_parameters())
-        weights = [value for name, value in named if not name.startswith(("gates.", "heads."))]
-        groups: list[dict[str, Any]] = [{"params": weights}]
+        groups: list[dict[str, Any]] = [{"params": _weights(network)}]
         for head in network.heads.values():
             # a logit that sums n features moves n times as fast as one of its own: its weights learn 1 / n as fast
             last = [value for name, value in head.named_parameters() if name == "decide.weight"]
@@ -64,7 +62,7 @@ class Learner(Steering):
             nesterov=options.momentum > 0,
             weight_decay=options.weight_decay,
         )
-        self.teacher: SuperNetwork | None = None  # what the chosen network is drawn to
+        self.teacher: SuperNetwork | None = None  # the full network beside the chosen one, which is drawn to it
 
     def step(
         self,
@@ -119,22 +117,30 @@ class Learner(Steering):
             return network(x, policy)  # type: ignore[no-any-return]
 
     def _distillation(self, x: Tensor, y: Tensor, output: Tensor, phase: str) -> Tensor:
-        """Draws the prediction to that of the full network, which learns beside its samples until one is chosen."""
-        if phase == "search":
-            full, _ = self.forward(self.network, x, AlwaysOn())
-            beside = example_losses(full, y, self.ignore).mean()
-        else:
-            assert self.teacher is not None
-            with torch.no_grad():
-                full, _ = self.forward(self.teacher, x, AlwaysOn())
-            beside = torch.zeros((), device=x.device)
+        """What the full network loses beside, and how far the prediction is from its own.
+
+        It shares its weights with its samples until one is chosen; from then on it has its own.
+        """
+        teacher = self.network if phase == "search" else self.teacher
+        assert teacher is not None
+        full, _ = self.forward(teacher, x, AlwaysOn())
+        beside = example_losses(full, y, self.ignore).mean()
         return beside + self.options.distillation * distillation(output.float(), full.float()).mean()
 
     def choose(self, kept: Tensor) -> None:
-        """Goes on with one architecture, `(1, G)`; the full network as it is now becomes its teacher."""
+        """Goes on with one architecture, `(1, G)`; a copy of the full network goes on beside it where it is to teach."""
         self.chosen = kept
         if self.options.distillation:
-            self.teacher = copy.deepcopy(self.network).train().requires_grad_(False)
+            self._add_teacher()
+
+    def _add_teacher(self) -> None:
+        """A copy that learns on as the full network, with the momentum that its weights have."""
+        self.teacher = copy.deepcopy(self.network).train()
+        own, copies = self.optimizer.param_groups[0]["params"], _weights(self.teacher)
+        self.optimizer.add_param_group({"params": copies})
+        for mine, theirs in zip(own, copies, strict=True):
+            if mine in self.optimizer.state:
+                self.optimizer.state[theirs] = copy.deepcopy(self.optimizer.state[mine])
 
     def _update(self, objective: Tensor, rate: float, *, gates: bool) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -166,10 +172,15 @@ class Learner(Steering):
             for prefix in ("network.", "optimizer.weights.", "teacher.")
         )
         load_tensors({f"network.{name}": value for name, value in self.network.state_dict().items()}, network)
-        load_optimizer(self.optimizer, "optimizer.weights", weights)
         own = {*network, *weights, *teacher}
         super().load_state({name: value for name, value in tensors.items() if name not in own}, state)
-        self.teacher = None
         if teacher or (self.options.distillation and self.chosen is not None):
-            self.teacher = copy.deepcopy(self.network).train().requires_grad_(False)
+            self._add_teacher()
+            assert self.teacher is not None
             load_tensors({f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}, teacher)
+        load_optimizer(self.optimizer, "optimizer.weights", weights)
+
+
+def _weights(network: SuperNetwork) -> list[nn.Parameter]:
+    """All that learns but what decides the gates."""
+    return [value for name, value in network.named_parameters() if not name.startswith(("gates.", "heads."))]

@@ -1,6 +1,8 @@
 """Learning gates on channels, layers and exits: estimators, penalties, targets, distillation, checkpoints."""
 
+import copy
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -295,19 +297,28 @@ def test_warm_up_teaches_every_way_out():
     assert all(value.grad is not None and value.grad.abs().sum() > 0 for head in heads for value in head.parameters())
 
 
-def test_the_full_network_teaches_its_samples_and_then_stands_still():
+def test_the_full_network_teaches_its_samples_and_then_the_chosen_one_with_weights_of_its_own():
     plain, taught = learner(small_resnet), learner(small_resnet, distillation=2.0)
     for one in (plain, taught):
         one.begin_search()
         step(one)
-    weights = [torch.cat([v.flatten() for v in one.network.modules_on_edges.parameters()]) for one in (plain, taught)]
-    assert not torch.equal(*weights)
-    taught.choose((torch.rand(1, taught.network.gate_count) > 0.3).float())
-    assert taught.teacher is not None
-    before = {name: value.clone() for name, value in taught.teacher.named_parameters()}
-    step(taught, "finetune", seed=1)
-    assert all(torch.equal(value, before[name]) for name, value in taught.teacher.named_parameters())
-    assert not torch.equal(next(taught.network.modules_on_edges.parameters()), next(iter(before.values())))
+    assert not torch.equal(every_weight(plain.network), every_weight(taught.network))
+    kept = (torch.rand(1, taught.network.gate_count) > 0.3).float()
+    alone, untaught = copy.deepcopy(taught), copy.deepcopy(taught)
+    untaught.options = replace(untaught.options, distillation=0.0)
+    for one in (taught, untaught):
+        one.choose(kept)
+    assert untaught.teacher is None and taught.teacher is not None
+    for seed in (1, 2):
+        step(taught, "finetune", seed=seed)
+        step(untaught, "finetune", seed=seed)
+        step(alone, "warmup", seed=seed)
+        assert torch.equal(every_weight(taught.teacher), every_weight(alone.network)), "it learns on as if alone"
+    assert not torch.equal(every_weight(taught.network), every_weight(untaught.network))
+
+
+def every_weight(network: bn.SuperNetwork) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in network.modules_on_edges.parameters()])
 
 
 @pytest.mark.parametrize(("weight", "epochs"), [(0.0, 0), (1.0, 3)])
