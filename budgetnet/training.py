@@ -128,7 +128,7 @@ class Learner(Steering):
         return beside + self.options.distillation * distillation(output.float(), full.float()).mean()
 
     def choose(self, kept: Tensor) -> None:
-        """Goes on with one architecture, `(1, G)`, and beside it with a copy of the full network if that is to teach."""
+        """Goes on with one architecture, `(1, G)`, and with a copy of the full network beside it where that teaches."""
         self.chosen = kept
         if self.options.distillation:
             self._add_teacher()
