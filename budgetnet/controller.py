@@ -135,7 +135,7 @@ class Controller:
             steering.begin_search()
         generator = seeded(steering.network.gates.values.device, steering.options.seed, self._asked)
         self._asked, self._examples = self._asked + 1, examples
-        return steering.policy(phase, examples, generator)
+        return steering.policy(phase, examples, generator, self.steps - steering.options.warmup_epochs)
 
     def loss(self, losses: Tensor, kept: Tensor, x: Tensor | None = None) -> Tensor:
         """The scalar whose gradient moves weights and gates; the prices follow what the architectures cost.

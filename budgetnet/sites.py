@@ -221,14 +221,17 @@ class Gumbel:
         temperature: > 0; the papers' 1.0.
         hard: straight-through: decisions in {0, 1} forward, the gradient of `soft` backward; else `soft` itself.
         generator: source of randomness, on the device of the logits.
+        noisy: where False the noise is 0: a gate is open if its probability is above 1/2, as it will be once it is
+            learned, and keeps the gradient of `soft`.
 
-    Source: Jang et al., arXiv:1611.01144; Herrmann et al., sections 1.1 and 3.2.
+    Source: Jang et al., arXiv:1611.01144; Herrmann et al., sections 1.1 and 3.2. Theirs is always noisy.
     """
 
     architectures: int = 1
     temperature: float = 1.0
     hard: bool = True
     generator: torch.Generator | None = None
+    noisy: bool = True
     blind: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -240,9 +243,10 @@ class Gumbel:
     def __call__(self, logits: Tensor, columns: slice) -> Tensor:
         """Draws `(B, n)` decisions, in {0, 1} or, where not `hard`, in (0, 1)."""
         shared = rows(logits, self.architectures)
-        uniform = torch.rand(shared.shape, generator=self.generator, device=shared.device, dtype=torch.float32)
-        noise = torch.logit(uniform, eps=1e-7)
-        soft = torch.sigmoid((shared + noise) / self.temperature)
+        if self.noisy:
+            uniform = torch.rand(shared.shape, generator=self.generator, device=shared.device, dtype=torch.float32)
+            shared = shared + torch.logit(uniform, eps=1e-7)
+        soft = torch.sigmoid(shared / self.temperature)
         # soft - soft.detach() is exactly 0 and carries the gradient
         return (soft > 0.5).to(soft) + (soft - soft.detach()) if self.hard else soft
 

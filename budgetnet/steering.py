@@ -122,16 +122,17 @@ class Steering:
         asked = self.options.gate_decay
         return gate_weight_decay(self.network.gate_count) if asked == "papers" else float(asked)
 
-    def policy(self, phase: str, examples: int, generator: torch.Generator) -> Policy:
-        """Who decides the gates in this phase."""
+    def policy(self, phase: str, examples: int, generator: torch.Generator, epochs: float = 0.0) -> Policy:
+        """Who decides the gates in this phase, `epochs` after sampling began."""
         if phase == "warmup":
             # each way out serves its share of the batch, so that every classifier is worth something when gates decide
             return Fixed(self.network.ways()) if self.network.exits else AlwaysOn()
         if phase == "search":
-            count = self.options.sampled(examples)
-            if self.options.estimator == "score":
+            options, count = self.options, self.options.sampled(examples)
+            if options.estimator == "score":
                 return Sample(count, generator)
-            return Gumbel(count, self.options.temperature, self.options.estimator == "gumbel", generator)
+            hard, noisy = options.estimator == "gumbel", options.noisy(epochs)
+            return Gumbel(count, options.temperature, hard, generator, noisy)
         assert self.chosen is not None
         return Fixed(self.chosen)
 

@@ -92,7 +92,7 @@ class Learner(Steering):
             DivergenceError: the objective is not finite; nothing was changed.
         """
         x = x.contiguous(memory_format=self.layout)
-        output, kept = self.forward(self.network, x, self.policy(phase, len(x), generator))
+        output, kept = self.forward(self.network, x, self.policy(phase, len(x), generator, epochs))
         losses = example_losses(output, y, self.ignore)
         objective = losses.mean()
         if phase == "search":

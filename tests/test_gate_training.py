@@ -69,6 +69,33 @@ def test_what_gates_that_look_at_the_input_cannot_do(options, message):
         bn.SearchOptions(**options).resolved(conditional=True)
 
 
+def test_the_score_function_needs_samples_to_the_end():
+    with pytest.raises(ConfigError, match=r"the score function needs samples to the end, got noiseless 0\.2"):
+        bn.SearchOptions(estimator="score", noiseless=0.2).resolved()
+
+
+@pytest.mark.parametrize("options", [{"conditional": True}, {}])
+def test_the_last_part_of_a_search_decides_without_noise(options):
+    """From then on nothing is random, and gates learn on."""
+    space, given = partial(small_resnet, **options), {"epochs": 10, "warmup": 0.2, "noiseless": 0.5}
+    given |= {} if options else {"finetune": 0.0}
+    one = learner(space, **given)
+    one.begin_search()
+    other = copy.deepcopy(one)
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+    for epochs, alike in ((4.0, True), (3.9, False)):
+        before = every_gate(one.network)
+        for each, seed in ((one, 0), (other, 1)):
+            generator = torch.Generator().manual_seed(seed)
+            each.step(x, y, "search", generator=generator, rate=0.05, progress=1.0, sums=Sums(), epochs=epochs)
+        assert torch.equal(every_weight(one.network), every_weight(other.network)) is alike
+        assert not torch.equal(every_gate(one.network), before)
+
+
+def every_gate(network: bn.SuperNetwork) -> torch.Tensor:
+    return torch.cat([value.detach().flatten() for value in (*network.gates.parameters(), *network.heads.parameters())])
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

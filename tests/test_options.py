@@ -32,7 +32,7 @@ def test_rates_and_gains_are_numbers_from_0(name: str, value: object):
     assert getattr(SearchOptions(**{name: 0}), name) == 0
 
 
-@pytest.mark.parametrize("name", ["warmup", "finetune", "momentum"])
+@pytest.mark.parametrize("name", ["warmup", "finetune", "noiseless", "momentum"])
 @pytest.mark.parametrize("value", [-0.1, 1, math.nan])
 def test_shares_lie_below_1(name: str, value: float):
     with pytest.raises(ConfigError, match=rf"{name} must be a number >= 0 and < 1, got"):
@@ -106,6 +106,15 @@ def test_annealing_runs_over_its_share_of_the_search():
     options = SearchOptions(epochs=30, warmup=0.2, finetune=0.4, anneal=0.5)
     assert [options.search_progress(at) for at in (0, 6, 9, 12, 18)] == [0, 0, 0.5, 1, 1]
     assert SearchOptions(anneal=0).search_progress(0) == 1
+
+
+def test_noise_ends_a_share_of_the_search_before_its_end():
+    """Of 30 epochs 6 warm up and 12 fine-tune; a quarter of the 12 between is 3."""
+    options = SearchOptions(epochs=30, warmup=0.2, finetune=0.4, noiseless=0.25)
+    assert [options.noisy(at) for at in (0, 8.9, 9, 12)] == [True, True, False, False]
+    assert SearchOptions().noisy(11.9)
+    conditional = SearchOptions().resolved(conditional=True)
+    assert [conditional.noisy(at) for at in (12.9, 13)] == [True, False]
 
 
 def test_one_cycle_rises_to_its_peak_at_a_fifth_and_ends_at_zero():

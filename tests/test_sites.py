@@ -166,6 +166,18 @@ def test_hard_gumbel_decisions_have_the_gradient_of_soft_ones(temperature: float
     torch.testing.assert_close(gradients[0], (weight * soft * (1 - soft) / temperature).sum(dim=0).detach())
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_gumbel_without_noise_decides_as_a_threshold_does_and_learns_on(temperature: float):
+    logits = torch.randn(2, 5, generator=generator()).double().requires_grad_()
+    kept, soft = (Gumbel(2, temperature, hard, None, noisy=False)(logits, WHOLE) for hard in (True, False))
+    assert torch.equal(kept.detach(), Threshold(0.5)(logits.detach(), WHOLE))
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    probability = torch.sigmoid(logits / temperature)
+    torch.testing.assert_close(soft, probability)
+    (gradient,) = torch.autograd.grad(kept.sum(), logits)
+    torch.testing.assert_close(gradient, (probability * (1 - probability) / temperature).detach())
+
+
 def test_soft_gumbel_decisions_come_to_bits_as_the_temperature_falls():
     logits = torch.randn(6, generator=generator())
     warm, cold = (Gumbel(2000, temperature, False, generator(1))(logits, WHOLE) for temperature in (1.0, 1e-3))
