@@ -16,7 +16,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gumbel": {"warmup": 0.13, "finetune": 0.7, "gate_rate": 0.05, "gate_start": 2.0, "architectures": "example"}
     | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.6, "noiseless": 0.0},
     "conditional": {"warmup": 0.13, "finetune": 0.0, "gate_rate": 0.05, "gate_start": 2.0, "architectures": "example"}
-    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.3, "noiseless": 0.7},
+    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.3, "noiseless": 0.0},
 }
 """What an option left at None becomes: for the score function, for Gumbel, and for gates that look at the input."""
 DRAWN = 16
@@ -37,7 +37,8 @@ class SearchOptions:
             without a gradient; "auto": "gumbel" where channels or inputs have gates, else "score".
         temperature: of Gumbel, > 0.
         noiseless: share of the search, at its end, in which Gumbel has no noise: gates open where their probability is
-            above 1/2, as they do once they are learned, in [0, 1).
+            above 1/2, as they do once they are learned, in [0, 1). For searches of thousands of steps: in a short
+            one most probabilities are near 1/2 still, and all such gates may close at once.
         penalty: "price": the price times the relative excess; "batch-activation" (Eq. 1 of Herrmann et al.),
             "const-quad" (Eq. 3), each times the price; "per-gate": each gate's rate is drawn to
             the limit's share of the full cost, as in ConvNet-AIG. All but the first need the estimator gumbel.
