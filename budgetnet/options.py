@@ -12,11 +12,11 @@ from budgetnet.errors import ConfigError
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "score": {"warmup": 0.2, "finetune": 0.4, "gate_rate": 0.1, "gate_start": 3.0, "architectures": 16}
-    | {"proportional": 10.0, "exploration": 0.02, "anneal": 0.6, "noiseless": 0.0},
+    | {"proportional": 10.0, "exploration": 0.02, "anneal": 0.6},
     "gumbel": {"warmup": 0.13, "finetune": 0.7, "gate_rate": 0.05, "gate_start": 2.0, "architectures": "example"}
-    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.6, "noiseless": 0.0},
+    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.6},
     "conditional": {"warmup": 0.13, "finetune": 0.0, "gate_rate": 0.05, "gate_start": 2.0, "architectures": "example"}
-    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.3, "noiseless": 0.0},
+    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.3},
 }
 """What an option left at None becomes: for the score function, for Gumbel, and for gates that look at the input."""
 DRAWN = 16
@@ -90,7 +90,7 @@ class SearchOptions:
 
     estimator: Literal["auto", "score", "gumbel", "soft-gumbel"] = "auto"
     temperature: float = 1.0
-    noiseless: float | None = None
+    noiseless: float = 0.0
     penalty: Literal["price", "batch-activation", "const-quad", "per-gate"] = "price"
     target: Literal["linear", "stepped", "moving", "exponential"] = "linear"
     target_fall: float = 0.05
@@ -205,7 +205,7 @@ class SearchOptions:
     def noisy(self, epochs: float) -> bool:
         """Whether gates are drawn with noise `epochs` after sampling began."""
         length = self.epochs - self.warmup_epochs - self.finetune_epochs
-        return epochs < length * (1 - float(self._value("noiseless")))
+        return epochs < length * (1 - self.noiseless)
 
     def search_progress(self, position: float) -> float:
         """Share of the annealing that is over at `position` epochs from the start, in [0, 1]."""
