@@ -118,6 +118,11 @@ class Controller:
         options = self.steering.options
         return options.epochs - options.warmup_epochs - options.finetune_epochs
 
+    @property
+    def _begun(self) -> int:
+        """Steps since sampling began."""
+        return self.steps - self.steering.options.warmup_epochs
+
     def weights(self) -> list[nn.Parameter]:
         """What the loop's own optimiser learns: all parameters but the gates'."""
         return [value for name, value in self.steering.network.named_parameters() if not name.startswith("gates.")]
@@ -135,7 +140,7 @@ class Controller:
             steering.begin_search()
         generator = seeded(steering.network.gates.values.device, steering.options.seed, self._asked)
         self._asked, self._examples = self._asked + 1, examples
-        return steering.policy(phase, examples, generator, self.steps - steering.options.warmup_epochs)
+        return steering.policy(phase, examples, generator, self._begun)
 
     def loss(self, losses: Tensor, kept: Tensor, x: Tensor | None = None) -> Tensor:
         """The scalar whose gradient moves weights and gates; the prices follow what the architectures cost.
@@ -165,8 +170,8 @@ class Controller:
             if x is None and isinstance(budget.model, DrawnModel) and budget.model.examples is not None:
                 raise ConfigError(f"{budget.name} reads examples: loss(losses, kept, x)")
         sums, options = Sums(), steering.options
-        begun = self.steps - options.warmup_epochs
-        objective = steering.search_objective(losses, kept, options.search_progress(self.steps), begun, sums, x)
+        progress = options.search_progress(self.steps)
+        objective = steering.search_objective(losses, kept, progress, self._begun, sums, x)
         self.costs = {
             budget.name: total / sums.samples for budget, total in zip(steering.budgets, sums.costs, strict=True)
         }

@@ -131,16 +131,17 @@ class Learner(Steering):
         """Goes on with one architecture, `(1, G)`, and with a copy of the full network beside it where that teaches."""
         self.chosen = kept
         if self.options.distillation:
-            self._add_teacher()
+            self.teacher = self._learning_copy()
 
-    def _add_teacher(self) -> None:
-        """A copy that learns on as the full network, with the momentum that its weights have."""
-        self.teacher = copy.deepcopy(self.network).train()
-        own, copies = self.optimizer.param_groups[0]["params"], _weights(self.teacher)
+    def _learning_copy(self) -> SuperNetwork:
+        """A copy that the optimiser learns on as the full network, with the momentum that its weights have."""
+        teacher = copy.deepcopy(self.network).train()
+        own, copies = self.optimizer.param_groups[0]["params"], _weights(teacher)
         self.optimizer.add_param_group({"params": copies})
         for mine, theirs in zip(own, copies, strict=True):
             if mine in self.optimizer.state:
                 self.optimizer.state[theirs] = copy.deepcopy(self.optimizer.state[mine])
+        return teacher
 
     def _update(self, objective: Tensor, rate: float, *, gates: bool) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,8 +176,7 @@ class Learner(Steering):
         own = {*network, *weights, *teacher}
         super().load_state({name: value for name, value in tensors.items() if name not in own}, state)
         if teacher or (self.options.distillation and self.chosen is not None):
-            self._add_teacher()
-            assert self.teacher is not None
+            self.teacher = self._learning_copy()
             load_tensors({f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}, teacher)
         load_optimizer(self.optimizer, "optimizer.weights", weights)
 
