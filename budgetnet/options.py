@@ -52,6 +52,8 @@ class SearchOptions:
         distillation: weight of the loss that draws samples, and the chosen network, to what the full
             network predicts for the same images; 0 for none. The full network learns beside its samples,
             and, once one is chosen, with weights of its own beside that.
+        distillation_temperature: of both predictions there, > 0; a higher one shows more of what the full network
+            takes for unlikely.
         epochs: passes over the training images in all, >= 1.
         warmup: share of the epochs before sampling starts, in [0, 1); BSN: 50 of 300.
         finetune: share of the epochs for the chosen architecture, in [0, 1).
@@ -98,6 +100,7 @@ class SearchOptions:
     target_start: float | None = None
     gate_decay: float | Literal["papers"] = 0.0
     distillation: float = 0.0
+    distillation_temperature: float = 1.0
     epochs: int = 30
     warmup: float | None = None
     finetune: float | None = None
@@ -151,10 +154,14 @@ class SearchOptions:
                 raise ConfigError(f"target_start must be {whole}, got {self.target_start} with {self.target}")
         if self.gate_decay != "papers":
             _check("gate_decay", self.gate_decay, least=0)
-        if isinstance(self.temperature, bool) or not (
-            isinstance(self.temperature, int | float) and 0 < self.temperature < math.inf
-        ):
-            raise ConfigError(f"temperature must be a number > 0, got {self.temperature!r}")
+        for name in ("temperature", "distillation_temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ConfigError(f"{name} must be a number > 0, got {value!r}")
+        if self.distillation_temperature != 1 and not self.distillation:
+            raise ConfigError(
+                f"distillation_temperature is of distillation, got {self.distillation_temperature} without it"
+            )
         for share in self.milestones:
             _check("milestones", share, least=0, below=1)
         for name, choices in (

@@ -125,7 +125,8 @@ class Learner(Steering):
         assert teacher is not None
         full, _ = self.forward(teacher, x, AlwaysOn())
         beside = example_losses(full, y, self.ignore).mean()
-        return beside + self.options.distillation * distillation(output.float(), full.float()).mean()
+        apart = distillation(output.float(), full.float(), self.options.distillation_temperature)
+        return beside + self.options.distillation * apart.mean()
 
     def choose(self, kept: Tensor) -> None:
         """Goes on with one architecture, `(1, G)`, and with a copy of the full network beside it where that teaches."""

@@ -101,6 +101,7 @@ def every_gate(network: bn.SuperNetwork) -> torch.Tensor:
     [
         *(("temperature", 0), ("temperature", True), ("target_every", 0), ("target_fall", -1), ("gate_decay", "much")),
         *(("estimator", "reinforce"), ("penalty", "hinge"), ("target", "cosine"), ("distillation", -0.5)),
+        *(("distillation_temperature", 0.0), ("distillation_temperature", float("inf"))),
     ],
 )
 def test_options_of_gates_are_checked_when_they_are_made(name, value):
@@ -359,12 +360,19 @@ def test_images_that_the_full_network_saw_to_teach_are_counted(weight, epochs, t
     assert ("768 of them by the full network" in (found.run / "report.html").read_text()) == bool(weight)
 
 
-def test_distillation_is_the_divergence_from_the_full_network():
-    one = learner(small_resnet, distillation=2.0)
+def test_a_temperature_without_distillation_is_refused():
+    with pytest.raises(ConfigError, match="distillation_temperature is of distillation, got 4.0 without it"):
+        bn.SearchOptions(distillation_temperature=4.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_distillation_is_the_divergence_from_the_full_network(temperature):
+    one = learner(small_resnet, distillation=2.0, distillation_temperature=temperature)
     x, y = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
     output, _ = one.network(x, Gumbel(16, generator=torch.Generator().manual_seed(0)))
     full, _ = one.network(x, AlwaysOn())
-    expected = nn.functional.cross_entropy(full, y) + 2.0 * objectives.distillation(output, full).mean()
+    apart = objectives.distillation(output, full, temperature).mean()
+    expected = nn.functional.cross_entropy(full, y) + 2.0 * apart
     torch.testing.assert_close(one._distillation(x, y, output, "search"), expected)
 
 
