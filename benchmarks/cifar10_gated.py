@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="cifar10", help="dataset, or folder of images")
     parser.add_argument("--train-images", type=int, default=10_000)
+    parser.add_argument("--pad", type=int, help="pixels a side before the random crop; the dataset's own unless given")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--targets", type=int, nargs="+", default=[50, 25], help="percent of the dense MACs")
@@ -71,6 +73,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     data = bn.data.load(arguments.data).subset(arguments.train_images, seed=0)
+    if arguments.pad is not None:
+        data = replace(data, augmentation=replace(data.augmentation, pad=arguments.pad))
     table: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
         for kind, target in [("dense", 100), *((kind, target) for target in arguments.targets for kind in KINDS)]:

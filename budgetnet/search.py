@@ -86,7 +86,8 @@ def search(
     limits = check_reachable(network, bound)
     fixed = named(space, architecture) if isinstance(architecture, str) else architecture
     if fixed is not None:
-        options = replace(options, distillation=0.0, distillation_temperature=1.0)  # nothing larger is there to learn from
+        # nothing larger is there to learn from
+        options = replace(options, distillation=0.0, distillation_temperature=1.0)
     if fixed is not None and not bool(space.connects(space.used(fixed))[0]):
         raise ConfigError("an architecture to train must connect input and output, got one that does not")
     device = resolve_device(options.device)

@@ -361,7 +361,7 @@ def test_images_that_the_full_network_saw_to_teach_are_counted(weight, epochs, t
 
 
 def test_a_temperature_without_distillation_is_refused():
-    with pytest.raises(ConfigError, match="distillation_temperature is of distillation, got 4.0 without it"):
+    with pytest.raises(ConfigError, match=r"distillation_temperature is of distillation, got 4\.0 without it"):
         bn.SearchOptions(distillation_temperature=4.0)
 
 
