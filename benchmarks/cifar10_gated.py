@@ -17,7 +17,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +71,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the finished rows")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    data = bn.data.load(arguments.data).subset(arguments.train_images, seed=0)
-    if arguments.pad is not None:
-        data = replace(data, augmentation=replace(data.augmentation, pad=arguments.pad))
+    data = bn.data.load(arguments.data).subset(arguments.train_images, seed=0).augmented(pad=arguments.pad)
     table: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
         for kind, target in [("dense", 100), *((kind, target) for target in arguments.targets for kind in KINDS)]:

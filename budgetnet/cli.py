@@ -77,6 +77,10 @@ def search_command(arguments: list[str]) -> None:
     parser.add_argument("--image_size", type=int | None, default=None, help="resize images to this side")
     parser.add_argument("--ignore", type=int | None, default=None, help="mask value without loss")
     parser.add_argument("--train_images", type=int | None, default=None, help="take so many training images only")
+    parser.add_argument("--pad", type=int | None, default=None, help="pixels a side before the random crop")
+    parser.add_argument("--flip", type=bool | None, default=None, help="mirror training images at random, or not")
+    parser.add_argument("--mean", type=str | None, default=None, help="of pixels in [0, 1], M or R,G,B; 0.5")
+    parser.add_argument("--std", type=str | None, default=None, help="likewise: a network sees (pixel - mean) / std")
     parser.add_argument("--budget", action="append", default=[], metavar="COST<=LIMIT", help="repeat for several")
     parser.add_argument("--architecture", type=str | None, default=None, help="train this one, without a search")
     parser.add_argument("--out", type=str | None, default=None, metavar="RUN", help="run folder")
@@ -89,6 +93,11 @@ def search_command(arguments: list[str]) -> None:
     data = datasets.load(given.data, root=given.root, image_size=given.image_size, ignore=given.ignore)
     if given.train_images is not None:
         data = data.subset(given.train_images, seed=0)
+    data = data.augmented(pad=given.pad, flip=given.flip)
+    if (given.mean is None) != (given.std is None):
+        raise ConfigError("images are seen by --mean and --std together, got one of them")
+    if given.mean is not None:
+        data = data.normalised(_numbers("--mean", given.mean), _numbers("--std", given.std))
     torch.manual_seed(options.seed)
     network = _build(
         space,
@@ -394,11 +403,11 @@ def _space_of_run(run: RunFolder, own: str) -> SuperNetwork:
 
 
 def _data_of_run(run: RunFolder, network: SuperNetwork, given: Any) -> datasets.Dataset:
-    """The data that were named, or those of the run."""
-    options = Record(run.read("options.json"), str(run.path / "options.json"))
-    data = datasets.load(given.data or options.record("data").text("name"), root=given.root)
+    """The data that were named, or those of the run, seen as the run saw its own."""
+    own = Record(run.read("options.json"), str(run.path / "options.json")).record("data")
+    data = datasets.load(given.data or own.text("name"), root=given.root)
     check_fit(network, data)
-    return data
+    return data.normalised(own.numbers("mean"), own.numbers("std"))
 
 
 def _decided(result: dict[str, Any], run: RunFolder) -> Record | None:
@@ -486,6 +495,14 @@ def _positional(arguments: list[str], usage: str) -> tuple[str, list[str]]:
 def _costs(text: str) -> list[str]:
     """Costs with commas between them; those inside brackets part a cost's options."""
     return [cost.strip() for cost in re.split(r",(?![^\[]*\])", text)]
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}") from None
 
 
 def _one_line(message: str) -> str:

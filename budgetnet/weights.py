@@ -13,6 +13,9 @@ from budgetnet.spaces.mobilenet_v2 import STAGES
 from budgetnet.spaces.resnet import IMAGENET
 from budgetnet.supernet import SuperNetwork
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the pixels, in [0, 1], of the images that torchvision's weights were learned on: red, green, blue."""
+
 COUNTER = "num_batches_tracked"
 """What files older than this buffer lack, and what only a batch norm without a momentum reads."""
 
@@ -21,8 +24,7 @@ def load_torchvision(network: SuperNetwork, state: Mapping[str, Tensor]) -> None
     """Copies the weights and running statistics of torchvision's network of the same form into this one.
 
     Gates, and what decides them, stay as they are. Nothing is copied unless everything fits. The weights were learned
-    on images less torchvision's mean, over its standard deviation; budgetnet's own batches lie in [-1, 1], so a search
-    has to teach the first layers anew: give it a warm-up, or feed such images in a loop of one's own (`Controller`).
+    on images less torchvision's mean, over its standard deviation: `data.normalised(MEAN, STD)` has them so.
 
     Args:
         network: of the space resnet with depth 18, 34, 50 or 101, or of the space mobilenet_v2.

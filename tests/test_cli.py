@@ -67,6 +67,30 @@ def test_a_search_prints_its_result_and_writes_the_run(told):
     assert phases == ["warmup", "search", "finetune"]
 
 
+def test_a_run_says_how_images_are_seen_and_is_evaluated_in_the_same_way(tmp_path, say):
+    flags = ["--pad", "2", "--flip", "false", "--mean", "0.3", "--std", "0.2"]
+    result = say(
+        "search",
+        *QUICK,
+        "--space",
+        "resnet_fabric",
+        "--space.width",
+        "1",
+        "--budget",
+        "macs<=90%",
+        *flags,
+        "--out",
+        tmp_path / "run",
+    )
+    seen = json.loads((tmp_path / "run" / "options.json").read_text())["data"]
+    assert [seen[key] for key in ("pad", "flip", "mean", "std")] == [2, False, [0.3], [0.2]]
+    assert say("evaluate", tmp_path / "run")["quality"] == pytest.approx(result["test"])
+    (tmp_path / "run" / "options.json").write_text(
+        (tmp_path / "run" / "options.json").read_text().replace("0.2", "2.0")
+    )
+    assert say("evaluate", tmp_path / "run")["quality"]["loss"] != pytest.approx(result["test"]["loss"])
+
+
 def test_the_budget_is_kept_and_counted_alike(told):
     result = json.loads(told[1].stdout)
     (budget,) = result["budgets"]

@@ -102,6 +102,17 @@ def test_subset_keeps_targets_with_their_images():
     assert np.array_equal(part.images, split.subset(8, seed=3).images)
 
 
+def test_a_dataset_is_augmented_and_seen_in_another_way():
+    own = data.load("digits")
+    other = own.augmented(pad=3, flip=True).normalised([0.25], [2.0])
+    assert other.augmentation == data.Augmentation(pad=3, flip=True)
+    assert own.augmented().augmentation == own.augmentation == data.Augmentation(pad=1)
+    assert [split.normalisation.mean for split in (other.train, other.validation, other.test)] == [(0.25,)] * 3
+    assert other.subset(9, seed=0).normalisation.std == (2.0,), "it goes with the images"
+    with pytest.raises(ConfigError, match="pad must be less than an image's side of 8 pixels, got 8"):
+        own.augmented(pad=8)
+
+
 @pytest.mark.parametrize("n", [0, -1, 41])
 def test_subset_of_an_impossible_size_is_refused(n):
     split = Split(np.zeros((40, 1, 1, 1), np.uint8), np.zeros(40, np.int64))

@@ -1,5 +1,6 @@
 """Batches: augmentation against a loop over images, and an order that only seed and epoch decide."""
 
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from budgetnet.data import Augmentation, Batches, Split, cache
 from budgetnet.data.batches import shifted
+from budgetnet.data.dataset import Normalisation
 from budgetnet.errors import ConfigError
 
 
@@ -68,6 +70,14 @@ def test_images_run_from_minus_one_to_one():
     torch.testing.assert_close(images.flatten(), torch.linspace(-1, 1, 256))
     assert (targets.dtype, targets.tolist()) == (torch.int64, [4])
     assert values.flatten().tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("stats", [((0.2,), (0.4,)), ((0.5, 0.25, 1.0), (0.1, 2.0, 0.3))])
+def test_images_are_seen_less_a_mean_over_a_deviation(stats):
+    split = replace(split_of(), normalisation=Normalisation(*stats))
+    images, _ = next(Batches(split, batch_size=9, shuffle=False).epoch(0))
+    mean, std = (np.array(numbers).reshape(-1, 1, 1) for numbers in stats)
+    np.testing.assert_allclose(images.numpy(), (split.images[:9] / 255 - mean) / std, rtol=1e-5, atol=1e-5)
 
 
 def test_masks_come_as_whole_numbers():
@@ -171,6 +181,13 @@ def test_an_epoch_from_disk_can_be_left_early(tmp_path, monkeypatch):
         (lambda: Batches(split_of(), batch_size=8).epoch(0, -1), "an epoch of 2 batches starts at 0 to 2, got -1"),
         (lambda: Augmentation(pad=-1), "pad must be >= 0 pixels, got -1"),
         (lambda: Augmentation(fill=256), "fill must be in 0..255, got 256"),
+        (lambda: Normalisation(mean=(1.5,)), r"mean must be of pixels in \[0, 1\], got 1.5"),
+        (lambda: Normalisation(std=(0.0,)), r"std must be > 0, of pixels in \[0, 1\], got 0.0"),
+        (lambda: Normalisation(std=(1.0, 1.0)), "mean and std must be of one length, got 1 and 2 numbers"),
+        (
+            lambda: replace(split_of(), normalisation=Normalisation((0.5,) * 2, (0.5,) * 2)),
+            "mean and std must be 1 number or 3, one for each channel, got 2",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_clear_line(build, line):

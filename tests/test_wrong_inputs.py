@@ -201,6 +201,13 @@ DATA = [
     Wrong("images of no size", search("--image_size 0")),
     Wrong("no training images", search("--train_images 0")),
     Wrong("more training images than there are", search("--train_images 9999")),
+    Wrong("a shift by a whole image", search("--pad 8")),
+    Wrong("a negative shift", search("--pad -1")),
+    Wrong("a mean without a deviation", search("--mean 0.5")),
+    Wrong("a mean in words", search("--mean dark --std 0.5")),
+    Wrong("a mean that no pixel has", search("--mean 127 --std 0.5")),
+    Wrong("a deviation of 0", search("--mean 0.5 --std 0")),
+    Wrong("three means for grey images", search("--mean 0.5,0.4,0.4 --std 0.2,0.2,0.2")),
 ]
 RUNS = [
     Wrong("a run that is there already", search(), run()),
@@ -212,6 +219,7 @@ RUNS = [
     Wrong("another budget than the run's", search("--resume", budget="macs<=50%"), run()),
     Wrong("another space than the run's", search("--resume --space.width 2"), run()),
     Wrong("other data than the run's", search("--resume --train_images 300"), run()),
+    Wrong("another mean than the run's", search("--resume --mean 0.4 --std 0.5"), run()),
     Wrong("options that are gone", RESUME, run("options.json", lambda content: None)),
     Wrong("options that are cut short", RESUME, run("options.json", lambda content: content[:50])),
     Wrong("options that are a list", RESUME, run("options.json", lambda content: "[]")),

@@ -54,6 +54,11 @@ class Batches:
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = shuffle if drop_last is None else drop_last
+        mean, std = (
+            torch.tensor(numbers, dtype=torch.float64, device=self.device).view(-1, 1, 1)
+            for numbers in (split.normalisation.mean, split.normalisation.std)
+        )
+        self._scale, self._shift = (255 * std).float(), (mean / std).float()
         self._images = _moved(split.images, self.device)
         self._targets = _moved(split.targets, self.device)
 
@@ -70,7 +75,8 @@ class Batches:
             start: the first batch wanted, in 0..len(self).
 
         Returns:
-            Pairs of `(B, C, H, W)` float32 images in [-1, 1], and `(B,)` classes or `(B, H, W)` masks in int64.
+            Pairs of `(B, C, H, W)` float32 images, as the split's normalisation has them, and `(B,)` classes or
+            `(B, H, W)` masks in int64.
 
         Raises:
             ConfigError: `epoch` or `start` is outside its range.
@@ -88,7 +94,7 @@ class Batches:
         rows = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
         for i, (images, targets) in enumerate(self._fetched(rows[start:]), start):
             images, targets = self._augmented(images, targets, self._random(epoch, 1 + i))
-            yield images.float().div_(127.5).sub_(1), targets.long()
+            yield images.float().div_(self._scale).sub_(self._shift), targets.long()
 
     def _random(self, epoch: int, stream: int) -> np.random.Generator:
         """Stream 0 orders the epoch, stream 1 + i augments its batch i."""

@@ -1,7 +1,8 @@
 """What search learns from: images and targets in three splits, as plain arrays."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from mmap import mmap
 from pathlib import Path
 
@@ -14,6 +15,30 @@ from budgetnet.errors import ConfigError, DataError
 CHUNK = 1024  # images copied at once between two arrays on disk
 
 
+@dataclass(frozen=True)
+class Normalisation:
+    """How pixels become numbers: `(pixel / 255 - mean) / std`, by default in [-1, 1].
+
+    Attributes:
+        mean, std: of pixels in [0, 1], one number for all channels or one for each; std > 0.
+
+    Raises:
+        ConfigError: a number is outside its range, or the two are of unlike length.
+    """
+
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+    def __post_init__(self) -> None:
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ConfigError(f"mean and std must be of one length, got {len(self.mean)} and {len(self.std)} numbers")
+        for mean, std in zip(self.mean, self.std, strict=True):
+            if not 0 <= mean <= 1:
+                raise ConfigError(f"mean must be of pixels in [0, 1], got {mean}")
+            if not 0 < std < inf:
+                raise ConfigError(f"std must be > 0, of pixels in [0, 1], got {std}")
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """N images with their targets.
@@ -21,13 +46,16 @@ class Split:
     Attributes:
         images: `(N, C, H, W)` uint8, in memory or a read-only `np.memmap`.
         targets: `(N,)` int64 class indices, or `(N, H, W)` uint8 masks.
+        normalisation: how a network sees the pixels.
 
     Raises:
         DataError: N is 0, or the arrays are not of these shapes and types.
+        ConfigError: the normalisation is of another number of channels.
     """
 
     images: np.ndarray
     targets: np.ndarray
+    normalisation: Normalisation = Normalisation()
 
     def __post_init__(self) -> None:
         images, targets = self.images, self.targets
@@ -38,6 +66,9 @@ class Split:
         if not labels and not masks:
             expected = f"({len(images)},) int64 or {(len(images), *images.shape[2:])} uint8"
             raise DataError(f"targets must be {expected}, got {_described(targets)}")
+        if len(self.normalisation.mean) not in (1, channels := images.shape[1]):
+            expected = "1 number" if channels == 1 else f"1 number or {channels}, one for each channel"
+            raise ConfigError(f"mean and std must be {expected}, got {len(self.normalisation.mean)}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,7 +88,7 @@ class Split:
 
     def rows(self, rows: np.ndarray) -> "Split":
         """The images at `rows`, `(n,)` indices; what is too large for memory is copied on disk."""
-        return Split(take(self.images, rows), take(self.targets, rows))
+        return replace(self, images=take(self.images, rows), targets=take(self.targets, rows))
 
 
 @dataclass(frozen=True)
@@ -119,6 +150,39 @@ class Dataset:
     def subset(self, train_images: int, seed: int) -> "Dataset":
         """The same dataset with fewer training images, see `Split.subset`."""
         return replace(self, train=self.train.subset(train_images, seed))
+
+    def augmented(self, *, pad: int | None = None, flip: bool | None = None) -> "Dataset":
+        """The same dataset, its training images shifted or mirrored in another way; None leaves that as it is.
+
+        Raises:
+            ConfigError: `pad` is negative, or no smaller than an image.
+        """
+        own = self.augmentation
+        pad, flip = own.pad if pad is None else pad, own.flip if flip is None else flip
+        if pad >= (side := min(self.image_shape[1:])):
+            raise ConfigError(f"pad must be less than an image's side of {side} pixels, got {pad}")
+        return replace(self, augmentation=replace(own, pad=pad, flip=flip))
+
+    def normalised(self, mean: Sequence[float], std: Sequence[float]) -> "Dataset":
+        """The same dataset, seen as `(pixel / 255 - mean) / std`, such as pretrained weights expect.
+
+        Args:
+            mean: of pixels in [0, 1], one number or one for each channel.
+            std: likewise.
+
+        Raises:
+            ConfigError: a number is outside its range, or their count is not 1 or C.
+        """
+        seen = Normalisation(tuple(mean), tuple(std))
+        train, validation, test = (
+            replace(split, normalisation=seen) for split in (self.train, self.validation, self.test)
+        )
+        return replace(self, train=train, validation=validation, test=test)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """How a network sees the pixels, the same in every split."""
+        return self.train.normalisation
 
 
 def evenly(strata: np.ndarray, count: int, seed: int) -> np.ndarray:
