@@ -21,7 +21,7 @@ from budgetnet.extraction import extract
 from budgetnet.objectives import MOVING
 from budgetnet.options import SearchOptions
 from budgetnet.report.records import Record
-from budgetnet.selection import measured_to_fit
+from budgetnet.selection import check_together, measured_to_fit
 from budgetnet.sites import Policy
 from budgetnet.steering import Steering, Sums, check_steerable, seeded
 from budgetnet.supernet import SuperNetwork
@@ -95,6 +95,7 @@ class Controller:
         bound = [(budget if examples is None else budget.on(examples)).bind(network) for budget in asked]
         check_steerable(network, bound, options)
         self.limits = check_reachable(network, bound)
+        check_together(network, bound)
         self.steering = Steering(network, bound, options)
         self.steps = self._asked = 0
         self.outcomes: list[dict[str, Any]] = []

@@ -24,6 +24,7 @@ from budgetnet.delivery import Found, deliver
 from budgetnet.errors import ConfigError
 from budgetnet.options import SearchOptions, resolve_device, resolve_precision
 from budgetnet.runs import RunFolder, next_folder
+from budgetnet.selection import check_together
 from budgetnet.session import Progress, Session
 from budgetnet.steering import check_steerable
 from budgetnet.supernet import SuperNetwork
@@ -84,6 +85,7 @@ def search(
     if architecture is None:
         check_steerable(network, bound, options)
     limits = check_reachable(network, bound)
+    check_together(network, bound)
     fixed = named(space, architecture) if isinstance(architecture, str) else architecture
     if fixed is not None:
         # nothing larger is there to learn from

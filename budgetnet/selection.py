@@ -19,6 +19,8 @@ NEAR = 6
 """Of the likeliest architectures so many are measured before the choice among all."""
 ATTEMPTS = 5
 TRIES = 4
+ORDERS = 16
+"""Random orders in which the full network is cut before budgets are said to contradict each other."""
 CLOSE = 0.02
 """Share of a limit that may be left."""
 TIGHTER = 0.85
@@ -40,6 +42,29 @@ def pareto_front(cost: Tensor, quality: Tensor) -> Tensor:
     better = (cost[:, None] <= cost) & (quality[:, None] >= quality)
     strictly = (cost[:, None] < cost) | (quality[:, None] > quality)
     return ~(better & strictly).any(dim=0)
+
+
+def check_together(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> None:
+    """Refuses targets that contradict the other budgets, by cutting the full network in several random orders.
+
+    Limits alone are looked at by `budgets.check_reachable`, and costs that only a real network shows when they are
+    measured. Where gates look at the input no architecture has to keep them.
+
+    Raises:
+        UnreachableBudget: no order led to an architecture that keeps all counted budgets.
+    """
+    counted = [budget for budget in budgets if not isinstance(budget.model, MeasuredModel)]
+    if network.heads or len(counted) < 2 or all(budget.upper for budget in counted):
+        return
+    generator, whole = torch.Generator().manual_seed(0), network.architecture("full")
+    for _ in range(ORDERS):
+        order = torch.randn(network.gate_count, generator=generator)
+        if len(mend(network, counted, whole, order)):
+            return
+    asked = ", ".join(f"{b.name}{'<=' if b.upper else '~='}{b.limit:.6g}" for b in counted)
+    raise UnreachableBudget(
+        f"each budget can be kept alone, but no network of {network.name} was found that keeps them together: {asked}"
+    )
 
 
 def keeps(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from small import every, graphs, network_on
 
 from budgetnet import Budget, SuperNetwork
 from budgetnet.errors import UnreachableBudget
-from budgetnet.selection import filled, keeps, mend, pareto_front, probable, trimmed
+from budgetnet.selection import check_together, filled, keeps, mend, pareto_front, probable, trimmed
 from budgetnet.spaces import conv_fabric, resnet_fabric
 
 NETWORK = conv_fabric(width=2, depth=3, channels=3, classes=2, image_size=8)
@@ -64,6 +65,15 @@ def test_keeps_asks_for_a_connection_and_for_every_budget():
         expected &= budget.model(used) <= budget.limit
     assert torch.equal(keeps(NETWORK, budgets, bits), expected)
     assert 0 < expected.sum() < used.any(dim=1).sum()
+
+
+@pytest.mark.parametrize("target", ["params~=30%", "params~=60%", "params~=90%", "steps:2~=10"])
+@pytest.mark.parametrize("limit", ["macs<=30%", "macs<=60%", "macs<=85%"])
+def test_budgets_that_contradict_each_other_are_refused_and_no_others(limit: str, target: str):
+    budgets = [Budget.parse(text).bind(NETWORK) for text in (limit, target)]
+    possible = bool(keeps(NETWORK, budgets, every(NETWORK.gate_count)).any())
+    with nullcontext() if possible else pytest.raises(UnreachableBudget, match=r"keeps them together: macs<=\d"):
+        check_together(NETWORK, budgets)
 
 
 def test_trimming_drops_just_what_is_not_used():

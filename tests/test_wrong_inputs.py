@@ -151,6 +151,7 @@ BUDGETS = [
     Wrong("fewer steps than the shortest path", search(budget="steps:2<=3"), status=3),
     Wrong("a target above the full network", search(budget="macs~=150%"), status=3),
     Wrong("a target below the smallest network", search(budget="macs~=1%"), status=3),
+    Wrong("budgets that contradict each other", search("--budget params~=95%", budget="macs<=40%"), status=3),
     Wrong("a file of costs that is not there", search(budget="{tmp}/costs.py:energy<=5")),
     Wrong("a function its file does not have", search(budget="{tmp}/costs.py:power<=5"), written("costs.py", ENERGY)),
     Wrong("a function of something else", search(budget="{tmp}/costs.py:loss<=5"), written("costs.py", ENERGY)),
