@@ -24,6 +24,9 @@ LARGEST = 30.0
 SETTLED = 3
 """Times that batch norms are set again at a threshold that was found."""
 
+ALIKE = 0.01
+"""Share of a cost by which two are taken for the same."""
+
 Forward = Callable[[SuperNetwork, Tensor, Policy], tuple[Tensor, Tensor]]
 
 
@@ -179,6 +182,32 @@ def fitting_threshold(
         )
     _, tau, best = min(found, key=lambda one: one[0])
     return tau, best
+
+
+def matching_threshold(cost: Callable[[Policy], float], noisy: Policy, *, steps: int = 12) -> float:
+    """The logit nearest to 0 of a threshold under which gates cost what they cost where they are drawn.
+
+    Args:
+        cost: the expected cost under a policy; rises or falls with the threshold (exits cost less where they open).
+        noisy: draws the gates.
+        steps: halvings of the interval between 0 and what is too much.
+    """
+
+    def at(logit: float) -> float:
+        return cost(Threshold(1 / (1 + math.exp(-logit))))
+
+    wanted, before = cost(noisy), at(0.0)
+    if math.isclose(before, wanted, rel_tol=ALIKE):
+        return 0.0
+    sign = 1.0 if before < wanted else -1.0  # 1 where gates have to open
+    enough, short = max((LARGEST, -LARGEST), key=lambda end: sign * at(end)), 0.0
+    for _ in range(steps):
+        middle = (short + enough) / 2
+        if sign * at(middle) >= sign * wanted * (1 - sign * ALIKE):
+            enough = middle
+        else:
+            short = middle
+    return enough
 
 
 def settled_threshold(

@@ -12,11 +12,11 @@ from budgetnet.errors import ConfigError
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "score": {"warmup": 0.2, "finetune": 0.4, "gate_rate": 0.1, "gate_start": 3.0, "architectures": 16}
-    | {"proportional": 10.0, "exploration": 0.02, "anneal": 0.6},
+    | {"proportional": 10.0, "exploration": 0.02, "anneal": 0.6, "noiseless": 0.0},
     "gumbel": {"warmup": 0.13, "finetune": 0.7, "gate_rate": 0.05, "gate_start": 2.0, "architectures": "example"}
-    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.6},
+    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.6, "noiseless": 0.0},
     "conditional": {"warmup": 0.13, "finetune": 0.0, "gate_rate": 0.05, "gate_start": 2.0, "architectures": "example"}
-    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.3},
+    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.3, "noiseless": 0.7},
 }
 """What an option left at None becomes: for the score function, for Gumbel, and for gates that look at the input."""
 DRAWN = 16
@@ -37,8 +37,8 @@ class SearchOptions:
             without a gradient; "auto": "gumbel" where channels or inputs have gates, else "score".
         temperature: of Gumbel, > 0.
         noiseless: share of the search, at its end, in which Gumbel has no noise: gates open where their probability is
-            above 1/2, as they do once they are learned, in [0, 1). For searches of thousands of steps: in a short
-            one most probabilities are near 1/2 still, and all such gates may close at once.
+            above 1/2, as they do once they are learned, in [0, 1). Gates that look at the input are moved together
+            when the noise ends, so that they cost as much without it.
         penalty: "price": the price times the relative excess; "batch-activation" (Eq. 1 of Herrmann et al.),
             "const-quad" (Eq. 3), each times the price; "per-gate": each gate's rate is drawn to
             the limit's share of the full cost, as in ConvNet-AIG. All but the first need the estimator gumbel.
@@ -92,7 +92,7 @@ class SearchOptions:
 
     estimator: Literal["auto", "score", "gumbel", "soft-gumbel"] = "auto"
     temperature: float = 1.0
-    noiseless: float = 0.0
+    noiseless: float | None = None
     penalty: Literal["price", "batch-activation", "const-quad", "per-gate"] = "price"
     target: Literal["linear", "stepped", "moving", "exponential"] = "linear"
     target_fall: float = 0.05
@@ -212,7 +212,7 @@ class SearchOptions:
     def noisy(self, epochs: float) -> bool:
         """Whether gates are drawn with noise `epochs` after sampling began."""
         length = self.epochs - self.warmup_epochs - self.finetune_epochs
-        return epochs < length * (1 - self.noiseless)
+        return epochs < length * (1 - float(self._value("noiseless")))
 
     def search_progress(self, position: float) -> float:
         """Share of the annealing that is over at `position` epochs from the start, in [0, 1]."""

@@ -151,12 +151,16 @@ class Session:
             self.learner.begin_epoch()
         last = time.monotonic()
         for x, y in self.train.epoch(self.epoch, start=self.batch):
-            position = self.epoch + self.batch / batches
+            step = self.epoch * batches + self.batch
+            position, generator = self.position(step), seeded(self.learner.device, self.options.seed, step)
+            if phase == "search" and self.network.heads and self.noise_ends(step):
+                seen = islice((one for one, _ in self.train.epoch(self.epoch)), self.options.recalibration)
+                self.learner.end_noise(seen, generator)
             self.learner.step(
                 x,
                 y,
                 phase,
-                generator=seeded(self.learner.device, self.options.seed, self.epoch * batches + self.batch),
+                generator=generator,
                 rate=self.options.rate(position / self.options.epochs),
                 progress=self.options.search_progress(position),
                 sums=self.sums,
@@ -178,6 +182,16 @@ class Session:
         self.save()
         if progress:
             progress.epoch(line)
+
+    def noise_ends(self, step: int) -> bool:
+        """Whether this step of a search is its first in which gates are decided without noise."""
+        before, now = (self.position(place) - self.options.warmup_epochs for place in (step - 1, step))
+        return before >= 0 and self.options.noisy(before) and not self.options.noisy(now)
+
+    def position(self, step: int) -> float:
+        """Epochs from the start of training to a step."""
+        epoch, batch = divmod(step, len(self.train))
+        return epoch + batch / len(self.train)
 
     def line(self, phase: str) -> dict[str, Any]:
         """What metrics.jsonl keeps of this epoch."""

@@ -45,6 +45,14 @@ class Gates(nn.Module):
             self.values.copy_(self.values / 2 * torch.tensor([[-1.0], [1.0]], device=self.values.device))
 
     @torch.no_grad()
+    def shift(self, by: float) -> None:
+        """Adds to every logit."""
+        if self.values.ndim == 1:
+            self.values.add_(by)
+        else:
+            self.values.add_(by / 2 * torch.tensor([[-1.0], [1.0]], device=self.values.device))
+
+    @torch.no_grad()
     def clamp(self, bound: float) -> None:
         """Keeps every logit in [-bound, bound], so that no gate is out of reach."""
         if self.values.ndim == 1:
@@ -117,6 +125,15 @@ class ConditionalGates(nn.Module):
         bias = torch.tensor([-start / 2, start / 2] if self.pairs else [start])
         self.decide.bias.copy_(bias.repeat(self.count))
 
+    @torch.no_grad()
+    def shift(self, by: float) -> None:
+        """Adds to the logit of every gate, whatever the input."""
+        if self.recall is not None:  # what comes last: the others pass through it
+            self.recall[-1].bias.add_(by)
+        else:
+            step = torch.tensor([-by / 2, by / 2] if self.pairs else [by]).to(self.decide.bias)
+            self.decide.bias.add_(step.repeat(self.count))
+
 
 class ExitGates(nn.Module):
     """The stronger gate that decides on an exit: two 3x3 convolutions, a 4x4 average pool, a linear layer.
@@ -169,6 +186,11 @@ class ExitGates(nn.Module):
     def reset(self, start: float) -> None:
         """Gives the gate this logit on the average input."""
         self.decide.bias.copy_(torch.tensor([-start / 2, start / 2]))
+
+    @torch.no_grad()
+    def shift(self, by: float) -> None:
+        """Adds to the gate's logit, whatever the input."""
+        self.decide.bias.add_(torch.tensor([-by / 2, by / 2]).to(self.decide.bias))
 
 
 class Policy(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from budgetnet.budgets import BoundBudget
 from budgetnet.errors import DivergenceError
 from budgetnet.gated import memory_format
+from budgetnet.inference import matching_threshold
 from budgetnet.objectives import distillation, example_losses
 from budgetnet.optimizers import load_optimizer, optimizer_state
 from budgetnet.options import SearchOptions
 from budgetnet.runs import load_tensors
-from budgetnet.sites import AlwaysOn, Policy
+from budgetnet.sites import AlwaysOn, Policy, Sample
 from budgetnet.steering import Steering, Sums
 from budgetnet.supernet import SuperNetwork
 
@@ -127,6 +128,28 @@ class Learner(Steering):
         beside = example_losses(full, y, self.ignore).mean()
         apart = distillation(output.float(), full.float(), self.options.distillation_temperature)
         return beside + self.options.distillation * apart.mean()
+
+    @torch.no_grad()
+    def end_noise(self, batches: Iterable[Tensor], generator: torch.Generator) -> None:
+        """Moves gates that look at the input, all by the same, so that without noise they cost what they cost with it.
+
+        Where most probabilities are near 1/2 still, all such gates would close, or open, at once.
+
+        Args:
+            batches: `(B, C, H, W)` examples to see it on.
+            generator: draws the gates.
+        """
+        network, examples = copy.deepcopy(self.network), list(batches)  # whose batch norms may move
+
+        def cost(policy: Policy) -> float:
+            used = [network.used(self.forward(network, x, policy)[1]) for x in examples]
+            costs = [torch.cat([budget.model(each) for each in used]).mean() for budget in self.budgets]
+            return max(float(cost) / budget.limit for cost, budget in zip(costs, self.budgets, strict=True))
+
+        logit = matching_threshold(cost, Sample(len(examples[0]), generator))
+        for site in (self.network.gates, *self.network.heads.values()):
+            if move := getattr(site, "shift", None):
+                move(-logit)
 
     def choose(self, kept: Tensor) -> None:
         """Goes on with one architecture, `(1, G)`, and with a copy of the full network beside it where that teaches."""

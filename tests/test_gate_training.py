@@ -92,6 +92,40 @@ def test_the_last_part_of_a_search_decides_without_noise(options):
         assert not torch.equal(every_gate(one.network), before)
 
 
+@pytest.mark.parametrize("options", [{}, {"memory": True}, {"gates": "both", "logits": 1}])
+def test_gates_that_look_at_the_input_cost_without_noise_what_they_cost_with_it(options):
+    """With probabilities near .45 all would close; they are moved together, and nothing else is."""
+    one = learner(partial(small_resnet, conditional=True, granularity=1, **options))
+    for head in one.network.heads.values():
+        nn.init.normal_(head.decide.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        head.reset(-0.2)
+    others = {name: value.clone() for name, value in one.network.state_dict().items() if not name.endswith(".bias")}
+    images, generator = torch.randn(16, 64, 1, 8, 8), torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def cost(noisy: bool) -> float:
+        network = copy.deepcopy(one.network)
+        used = [network.used(network(x, Gumbel(64, generator=generator, noisy=noisy))[1]) for x in images]
+        return float(one.budgets[0].model(torch.cat(used)).mean())
+
+    drawn = cost(noisy=True)
+    assert cost(noisy=False) < 0.8 * drawn
+    one.end_noise(images, generator)
+    assert cost(noisy=False) == pytest.approx(drawn, rel=0.09)  # three deviations of two draws for 1,024 images
+    after = one.network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in others.items())
+
+
+@pytest.mark.parametrize(("noiseless", "times"), [(None, 1), (0.0, 0)])
+def test_noise_ends_once_in_a_search(noiseless, times, monkeypatch, tmp_path):
+    ended = []
+    monkeypatch.setattr(Learner, "end_noise", lambda self, batches, generator: ended.append(len(list(batches))))
+    digits = bn.data.load("digits").subset(256, seed=0)
+    options = bn.SearchOptions(epochs=4, warmup=0.25, noiseless=noiseless, recalibration=2)
+    bn.search(small_resnet(conditional=True), digits, ["macs<=90%"], options, out=tmp_path / "run")
+    assert ended == [2] * times
+
+
 def every_gate(network: bn.SuperNetwork) -> torch.Tensor:
     return torch.cat([value.detach().flatten() for value in (*network.gates.parameters(), *network.heads.parameters())])
 

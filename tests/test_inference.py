@@ -13,9 +13,18 @@ from budgetnet.data import Batches
 from budgetnet.delivery import evaluate_gates, fold_gates, restored
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
 from budgetnet.evaluation import recalibrate
-from budgetnet.inference import Given, Inference, Observed, exit_table, fitting_threshold, observe, settled_threshold
+from budgetnet.inference import (
+    Given,
+    Inference,
+    Observed,
+    exit_table,
+    fitting_threshold,
+    matching_threshold,
+    observe,
+    settled_threshold,
+)
 from budgetnet.runs import RunFolder
-from budgetnet.sites import Sample, Threshold
+from budgetnet.sites import Fixed, Sample, Threshold
 from budgetnet.timing import Timing
 
 resnet = partial(bn.spaces.resnet, depth=8, channels=4, image_size=8, in_channels=1, conditional=True)
@@ -326,3 +335,29 @@ def test_gates_that_are_constants_are_not_paid_for():
 def test_only_gates_that_look_at_the_input_are_folded():
     with pytest.raises(ConfigError, match="gates to fold are those that look at the input, and resnet has no such"):
         fold_gates(resnet(conditional=False), bn.data.load("digits"), 0.5, 0.05)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["gates", "exits"])
+@pytest.mark.parametrize("drawn", [0.2, 0.5, 0.9])
+def test_the_matching_threshold_costs_what_the_drawn_gates_cost(drawn, sign):
+    """Logits spread evenly from -4 to 4: a threshold at logit l opens (4 - l) / 8 of them."""
+    logits = torch.linspace(-4, 4, 8001)
+
+    def cost(policy) -> float:
+        opened = float(policy(logits, slice(0, 8001)).mean()) if isinstance(policy, Threshold) else drawn
+        return opened if sign > 0 or not isinstance(policy, Threshold) else 1 - opened
+
+    expected = (4 - 8 * drawn) * sign
+    assert matching_threshold(cost, Sample()) == pytest.approx(expected, abs=0.1 if drawn != 0.5 else 0)
+
+
+def test_the_matching_threshold_stays_where_gates_are_polarised():
+    """Between -5 and 5 every threshold costs the same, and beyond each it does again: the nearest is taken."""
+    logits = torch.tensor([-5.0, -5.0, 5.0, 5.0])
+
+    def cost(policy) -> float:
+        return float(policy(logits, slice(0, 4)).mean())
+
+    assert matching_threshold(cost, Fixed(torch.tensor([[1.0, 0, 1, 0]]))) == 0
+    assert matching_threshold(cost, Fixed(torch.ones(1, 4))) == pytest.approx(-5, abs=0.02)
+    assert matching_threshold(cost, Fixed(torch.zeros(1, 4))) == pytest.approx(5, abs=0.02)

@@ -323,3 +323,30 @@ def test_exit_gates_look_at_more_than_averages():
     torch.testing.assert_close(gates.average.detach(), torch.tensor([-1.0]))
     gates.reset(2.5)
     torch.testing.assert_close(gates.average.detach(), torch.tensor([2.5]))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ConditionalGates(3, 4),
+        lambda: ConditionalGates(3, 4, pairs=False),
+        lambda: ConditionalGates(3, 4, memory=True),
+        lambda: ExitGates(3, hidden=4),
+    ],
+)
+def test_gates_that_look_at_the_input_are_shifted_whatever_it_is(build):
+    torch.manual_seed(0)
+    gates, x = build().eval(), torch.randn(5, 3, 8, 8)
+    for value in gates.parameters():  # what starts at 0 must not hide a path
+        torch.nn.init.normal_(value)
+    before = gates(x)
+    gates.shift(1.5)
+    torch.testing.assert_close(gates(x), before + 1.5)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_gates_of_their_own_are_shifted(pairs):
+    gates = Gates(3, start=-0.5, pairs=pairs)
+    gates.shift(2.0)
+    torch.testing.assert_close(gates.logits, torch.full((3,), 1.5))
+    assert not pairs or torch.equal(gates.values[0], -gates.values[1])
