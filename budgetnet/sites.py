@@ -128,11 +128,11 @@ class ConditionalGates(nn.Module):
     @torch.no_grad()
     def shift(self, by: float) -> None:
         """Adds to the logit of every gate, whatever the input."""
-        if self.recall is not None:  # what comes last: the others pass through it
-            self.recall[-1].bias.add_(by)
-        else:
-            step = torch.tensor([-by / 2, by / 2] if self.pairs else [by]).to(self.decide.bias)
-            self.decide.bias.add_(step.repeat(self.count))
+        last = self.decide if self.recall is None else self.recall[-1]
+        step = torch.tensor([-by / 2, by / 2] if self.pairs and self.recall is None else [by])
+        assert isinstance(last, nn.Conv2d | nn.Linear)
+        assert last.bias is not None
+        last.bias.add_(step.to(last.bias).repeat(self.count))
 
 
 class ExitGates(nn.Module):
