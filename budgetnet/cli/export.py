@@ -1,0 +1,77 @@
+"""`budgetnet export`: the network of a finished run in a file of one's own, near-constant gates folded where asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from budgetnet import data as datasets
+from budgetnet.cli.building import space_of_run
+from budgetnet.cli.finished import data_of_run, decided_by_input, shown
+from budgetnet.cli.flags import parser_of, positional, take
+from budgetnet.conditional import export_fastest
+from budgetnet.delivery import TIMED, fold_gates, restored
+from budgetnet.errors import ConfigError
+from budgetnet.export import FORMATS, load
+from budgetnet.runs import RunFolder, replace
+
+
+def export_command(arguments: list[str]) -> None:
+    """Budgetnet export"""
+    target, rest = positional(arguments, "export RUN")
+    own, rest = take(rest, "--space", "")
+    parser = parser_of("export", "Copies the network of a finished run to a file.", "", "RUN")
+    parser.add_argument("--format", default="onnx", help=" or ".join(FORMATS))
+    parser.add_argument("--out", type=str | None, default=None, metavar="FILE", help="network.FORMAT unless given")
+    parser.add_argument(
+        "--fold",
+        type=float | None,
+        default=None,
+        metavar="MARGIN",
+        help="gates that look at the input become constants where, on the validation images, they are open more seldom "
+        "than this share, such as 0.05, or closed",
+    )
+    parser.add_argument("--data", type=str | None, default=None, help="to fold on: the run's own unless given")
+    parser.add_argument("--root", default="data", help="folder of the named datasets")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(rest)
+    if given.format not in FORMATS:
+        raise ConfigError(f"format must be {' or '.join(FORMATS)}, got {given.format!r}")
+    run = RunFolder(target)
+    decided = decided_by_input(run.read("result.json"), run)
+    source, out = run.path / f"network.{given.format}", Path(given.out or f"network.{given.format}")
+    if out.suffix != source.suffix:
+        raise ConfigError(f"a file of format {given.format} ends in {source.suffix}, got {out}")
+    if not out.parent.is_dir() or out.is_dir():
+        raise ConfigError(f"expected a file in a folder that exists, got {out}")
+    if given.fold is not None:
+        if decided is None:
+            raise ConfigError(f"--fold takes a run whose gates look at the input, got {target}")
+        if given.format != "onnx":
+            raise ConfigError(f"a folded network is exported to onnx, got {given.format!r}")
+        _fold(run, decided.share("tau"), out, own, given)
+        return
+    load(source)  # a broken file is not passed on
+    replace(out, source.read_bytes())
+    print(json.dumps({"file": str(out), "bytes": out.stat().st_size}) if given.json else f"wrote {out}")
+
+
+def _fold(run: RunFolder, tau: float, out: Path, own: str, given: Any) -> None:
+    """Writes the network of a run with near-constant gates folded, and prints what it gives beside the original."""
+    network = restored(run, space_of_run(run, own))
+    data = data_of_run(run, network, given)
+    folded, told = fold_gates(network, data, tau, given.fold)
+    examples = next(iter(datasets.Batches(data.validation, batch_size=TIMED, shuffle=False).epoch(0)))[0]
+    told |= {"onnx": export_fastest(folded, out, examples)}
+    if given.json:
+        print(json.dumps({"file": str(out), "bytes": out.stat().st_size, **told}))
+        return
+    table = Table("", "original", "folded", title=f"{told['constants']} of {told['gates']} gates are constants now")
+    for name, value in told["validation"]["original"].items():
+        table.add_row(name, *[shown(name, one) for one in (value, told["validation"]["folded"][name])])
+    Console().print(table)
+    print(f"wrote {out}")

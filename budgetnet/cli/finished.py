@@ -1,0 +1,32 @@
+"""What commands read of a run: its data, and what its gates decide by the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from budgetnet import data as datasets
+from budgetnet.console import quantity
+from budgetnet.report.records import Record
+from budgetnet.runs import RunFolder
+from budgetnet.search import check_fit
+from budgetnet.supernet import SuperNetwork
+
+
+def data_of_run(run: RunFolder, network: SuperNetwork, given: Any) -> datasets.Dataset:
+    """The data that were named, or those of the run, seen as the run saw its own."""
+    own = Record(run.read("options.json"), str(run.path / "options.json")).record("data")
+    data = datasets.load(given.data or own.text("name"), root=given.root)
+    check_fit(network, data)
+    return data.normalised(own.numbers("mean"), own.numbers("std"))
+
+
+def decided_by_input(result: dict[str, Any], run: RunFolder) -> Record | None:
+    """What result.json says of gates that look at the input, None where none does."""
+    return Record(result, str(run.path / "result.json")).maybe_record("inference")
+
+
+def shown(name: str, value: float) -> str:
+    """A quality or a cost for a person to read."""
+    if name == "macs":
+        return quantity(value, "MAC")
+    return f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %"

@@ -1,0 +1,80 @@
+"""What is typed: flags that depend on other flags, lists in one word, and a parser's complaint as one line."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+
+import jsonargparse
+
+from budgetnet import spaces
+from budgetnet.cli.building import builder_of
+from budgetnet.errors import ConfigError
+
+
+def parser_of(command: str, description: str, space: str, first: str) -> jsonargparse.ArgumentParser:
+    """A command's parser, with a flag for each argument of the space, where one is named; `first` is what it takes."""
+    parser = jsonargparse.ArgumentParser(
+        prog=f"budgetnet {command} {first}",
+        description=description,
+        exit_on_error=False,
+        epilog=f"spaces: {', '.join(spaces.BY_NAME)}, or path/to/file.py:function"
+        if "SPACE" in first or space
+        else None,
+    )
+    if space:
+        for name, parameter in inspect.signature(builder_of(space)).parameters.items():
+            default = None if parameter.default is parameter.empty else parameter.default
+            kind = inspect.get_annotations(builder_of(space), eval_str=True).get(name, str)
+            parser.add_argument(f"--space.{name}", type=kind, default=default)
+    return parser
+
+
+def take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]]:
+    """The value of a flag that decides which other flags there are, and the arguments without it."""
+    value, rest, words = default, [], iter(arguments)
+    for word in words:
+        if word == flag:
+            value = next(words, "")
+            if not value or value.startswith("-"):
+                raise ConfigError(f"{flag} needs a value")
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def positional(arguments: list[str], usage: str) -> tuple[str, list[str]]:
+    """What a command is about, its first word, and the other words."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        return "", arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError(f"expected: budgetnet {usage}, got {shlex.join(arguments) or 'nothing'}")
+    return arguments[0], arguments[1:]
+
+
+def costs_in(text: str) -> list[str]:
+    """Costs with commas between them; those inside brackets part a cost's options."""
+    return [cost.strip() for cost in re.split(r",(?![^\[]*\])", text)]
+
+
+def numbers_in(flag: str, text: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}") from None
+
+
+def one_line(message: str) -> str:
+    """What the parser complains of, in the words of our own errors."""
+    text = " ".join(message.split())
+    text = re.sub(r"^Parser key \"([\w.]+)\": ", r"--\1: ", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+    union = re.fullmatch(r"(--[\w.]+): Does not validate.* Errors: - (.*) Given value type: .* Given value: (.*)", text)
+    if union:
+        kinds = re.findall(r"Expected an? (.+?)(?= - |$)", union[2])
+        return f"{union[1]}: expected {' or '.join(kinds)}, got {union[3]}"
+    return re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", text)[:300]

@@ -1,0 +1,93 @@
+"""`budgetnet measure`: what a space, a run or a file costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from budgetnet import spaces
+from budgetnet.architectures import named
+from budgetnet.cli.building import build, space_of_run
+from budgetnet.cli.flags import costs_in, parser_of, positional, take
+from budgetnet.console import quantity
+from budgetnet.errors import ConfigError
+from budgetnet.export import FORMATS
+from budgetnet.measure import DEFAULT, measure_file, measure_network
+from budgetnet.report.records import Record
+from budgetnet.runs import RunFolder
+from budgetnet.supernet import SuperNetwork
+
+
+def measure_command(arguments: list[str]) -> None:
+    """Budgetnet measure"""
+    target, rest = positional(arguments, "measure RUN|FILE.onnx|FILE.pt2|SPACE")
+    space = target if target in spaces.BY_NAME or ":" in target else ""
+    own, rest = take(rest, "--space", "")
+    parser = parser_of("measure", "Prints what a space, a run or a file costs.", space, "RUN|FILE.onnx|FILE.pt2|SPACE")
+    parser.add_argument(
+        "--costs", type=str | None, default=None, help="macs,macs:paper,params,steps:2,memory:file,latency"
+    )
+    parser.add_argument(
+        "--architecture", type=str | None, default=None, help="a sub-network: a name or an architecture.json"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(rest)
+    if own and not Path(target).is_dir():
+        raise ConfigError(f"--space says what space of your own a run folder is of, got {own!r} beside {target!r}")
+    asked = costs_in(given.costs) if given.costs else []
+    if space:
+        network = build(space, given, rest, {})
+        kept = named(network, given.architecture or "full")
+        found = measure_network(network, kept, asked or _defaults(network))
+    elif Path(target).is_dir():
+        network = space_of_run(RunFolder(target), own)
+        if network.heads and given.architecture is None:
+            found = _measured_by_run(RunFolder(target), asked)
+        else:
+            kept = named(network, given.architecture or str(Path(target) / "architecture.json"))
+            found = measure_network(network, kept, asked or _defaults(network))
+    elif Path(target).suffix.removeprefix(".") in FORMATS:
+        found = measure_file(target, asked)
+    else:
+        known = ", ".join(spaces.BY_NAME)
+        raise ConfigError(f"measure takes a run folder, a .onnx or .pt2 file, or a space ({known}), got {target!r}")
+    if given.json:
+        print(json.dumps(found))
+        return
+    table = Table("cost", "value", "exactly")
+    for name, value in found["costs"].items():
+        table.add_row(escape(name), quantity(value, found["units"][name]), f"{value:,}")
+    Console().print(table)
+
+
+def _defaults(network: SuperNetwork) -> list[str]:
+    """What is measured of a space or a run where nothing is asked: what its gates allow."""
+    return [cost for cost in DEFAULT if cost != "params" or not network.heads]
+
+
+def _measured_by_run(run: RunFolder, costs: Sequence[str]) -> dict[str, Any]:
+    """What a finished run says its network costs: of gates that look at the input, as expected on validation images."""
+    record = Record(run.read("result.json"), str(run.path / "result.json"))
+    network = record.record("network")
+    units = {"macs": "MAC", "params": "parameter", "memory:params": "B", "latency": "ms"}
+    values = {name: network.number(name) for name in units if name != "latency"}
+    values["latency"] = network.record("latency_ms").number("median")
+    for budget in record.records("budgets"):
+        values[budget.text("cost")], units[budget.text("cost")] = budget.number("value"), budget.text("unit")
+    for text in costs:
+        if text not in values:
+            raise ConfigError(
+                f"of a run whose gates look at the input can be measured {', '.join(values)}, got {text!r}: "
+                "name an --architecture for others"
+            )
+    asked = list(costs) or list(values)
+    return {
+        "costs": {name: int(values[name]) if values[name].is_integer() else values[name] for name in asked},
+        "units": {name: units[name] for name in asked},
+    }

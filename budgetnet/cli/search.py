@@ -1,0 +1,106 @@
+"""`budgetnet search`: from data, a space and budgets to a run folder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from budgetnet import data as datasets
+from budgetnet.cli.building import build
+from budgetnet.cli.flags import numbers_in, parser_of, take
+from budgetnet.console import Bars, quantity
+from budgetnet.delivery import Found
+from budgetnet.errors import ConfigError
+from budgetnet.options import SearchOptions
+from budgetnet.search import search
+
+
+def search_command(arguments: list[str]) -> None:
+    """Budgetnet search"""
+    space, rest = take(arguments, "--space", "resnet_fabric")
+    parser = parser_of("search", "Learns a network that keeps its budget.", space, "--space NAME")
+    parser.add_class_arguments(SearchOptions, None)
+    parser.add_argument("--data", default="digits", help=f"{', '.join(datasets.NAMES)}, or a folder of images")
+    parser.add_argument("--root", default="data", help="folder of the named datasets")
+    parser.add_argument("--image_size", type=int | None, default=None, help="resize images to this side")
+    parser.add_argument("--ignore", type=int | None, default=None, help="mask value without loss")
+    parser.add_argument("--train_images", type=int | None, default=None, help="take so many training images only")
+    parser.add_argument("--pad", type=int | None, default=None, help="pixels a side before the random crop")
+    parser.add_argument("--flip", type=bool | None, default=None, help="mirror training images at random, or not")
+    parser.add_argument("--mean", type=str | None, default=None, help="of pixels in [0, 1], M or R,G,B; 0.5")
+    parser.add_argument("--std", type=str | None, default=None, help="likewise: a network sees (pixel - mean) / std")
+    parser.add_argument("--budget", action="append", default=[], metavar="COST<=LIMIT", help="repeat for several")
+    parser.add_argument("--architecture", type=str | None, default=None, help="train this one, without a search")
+    parser.add_argument("--out", type=str | None, default=None, metavar="RUN", help="run folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--json", action="store_true", help="print result.json on stdout and nothing else")
+    given = parser.parse_args(rest)
+    options = SearchOptions(**{field.name: getattr(given, field.name) for field in fields(SearchOptions)})
+    if given.resume and given.out is None:
+        raise ConfigError("--resume needs the run to go on with: --out RUN")
+    data = datasets.load(given.data, root=given.root, image_size=given.image_size, ignore=given.ignore)
+    if given.train_images is not None:
+        data = data.subset(given.train_images, seed=0)
+    data = data.augmented(pad=given.pad, flip=given.flip)
+    if (given.mean is None) != (given.std is None):
+        raise ConfigError("images are seen by --mean and --std together, got one of them")
+    if given.mean is not None:
+        data = data.normalised(numbers_in("--mean", given.mean), numbers_in("--std", given.std))
+    torch.manual_seed(options.seed)
+    network = build(
+        space,
+        given,
+        rest,
+        {
+            "classes": data.num_classes,
+            "in_channels": data.image_shape[0],
+            "image_size": data.image_shape[1] if data.image_shape[1] == data.image_shape[2] else data.image_shape[1:],
+            "task": data.task,
+        },
+    )
+    bars = Bars(Console(stderr=True, quiet=given.json))
+    command = shlex.join(["budgetnet", "search", *arguments])
+    try:
+        found = search(
+            network,
+            data,
+            given.budget,
+            options,
+            architecture=given.architecture,
+            out=given.out,
+            resume=given.resume,
+            command=command,
+            progress=bars,
+        )
+    finally:
+        bars.close()
+    if given.json:
+        print(json.dumps(found.result))
+    else:
+        _tell(found)
+
+
+def _tell(found: Found) -> None:
+    result, console = found.result, Console()
+    table = Table("cost", "network", "limit", "kept", title="budget")
+    for row in result["budgets"]:
+        numbers = [quantity(row[key], row["unit"]) for key in ("value", "limit")]
+        unsure = ", within the noise" if row.get("noise") else ""
+        table.add_row(escape(row["cost"]), *numbers, ("yes" if row["met"] else "NO") + unsure)
+    if result["budgets"]:
+        console.print(table)
+    for row in result["budgets"]:
+        for note in row.get("notes", []):
+            console.print(f"{row['cost']}: {note}", highlight=False, markup=False)
+    quality = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result["test"].items() if name != "loss")
+    console.print(f"test {quality}", highlight=False)
+    for name in ("network.onnx", "network.pt2", "report.html"):
+        if not (found.run / name).exists():  # branches are exported to ONNX alone
+            continue
+        console.print(f"{found.run / name}", highlight=False, soft_wrap=True)
