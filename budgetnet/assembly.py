@@ -18,7 +18,8 @@ from budgetnet.export import onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.gated import GatedSequential
 from budgetnet.onnx_pieces import Piece, Pieces, Scope
-from budgetnet.supernet import Shape, SuperNetwork
+from budgetnet.shapes import Shape
+from budgetnet.supernet import SuperNetwork
 from budgetnet.timing import Timing, interleaved
 
 Runtime = Literal["onnxruntime", "torch", "compiled"]

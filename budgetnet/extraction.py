@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet.errors import ConfigError
 from budgetnet.gated import GatedSequential
-from budgetnet.supernet import SuperNetwork, evaluating
+from budgetnet.shapes import evaluating
+from budgetnet.supernet import SuperNetwork
 
 Plain = TypeVar("Plain", bound=nn.Module)
 

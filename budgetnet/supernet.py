@@ -6,22 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from budgetnet.choices import Choices, Site
 from budgetnet.errors import ConfigError, GraphError
 from budgetnet.gated import GatedSequential
 from budgetnet.graph import Graph
 from budgetnet.rows import Rows, spread
+from budgetnet.shapes import Shape, evaluating, output_shape
 from budgetnet.sites import AlwaysOn, Fixed, Gates, Policy
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,39 +365,6 @@ class SuperNetwork(Choices, nn.Module):
 def full(network: SuperNetwork) -> Fixed:
     """The policy of the whole super network."""
     return Fixed(network.architecture("full"))
-
-
-def output_shape(module: nn.Module, shape: Shape, name: str) -> Shape:
-    """Shape of one example behind `module`, found on the meta device, without computing.
-
-    Raises:
-        GraphError: the module does not take that shape.
-    """
-    try:
-        with evaluating(module), torch.no_grad():
-            output = functional_call(module, on_meta(module), torch.empty(2, *shape, device="meta"))
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GraphError(f"{name!r} cannot take an input of shape {shape}: {reason}") from error
-    return tuple(output.shape[1:])
-
-
-def on_meta(module: nn.Module) -> dict[str, Tensor]:
-    """What a module holds, without its values, in float32: shapes and counts do not depend on the type."""
-    held = {key: value.detach().to("meta") for key, value in (*module.named_parameters(), *module.named_buffers())}
-    return {key: value.float() if value.is_floating_point() else value for key, value in held.items()}
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode, and as it was afterwards."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def positions(graph: Graph, nodes: Sequence[Node]) -> tuple[tuple[float, float], ...]:

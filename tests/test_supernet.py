@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from budgetnet import Edge, Node, SuperNetwork
 from budgetnet.errors import ConfigError, GraphError
+from budgetnet.shapes import evaluating
 from budgetnet.sites import AlwaysOn, Fixed, Sample
 from budgetnet.spaces import conv_fabric, resnet_fabric
-from budgetnet.supernet import evaluating, full
+from budgetnet.supernet import full
 
 
 def masked(network: SuperNetwork, x: Tensor, used: Tensor) -> Tensor:

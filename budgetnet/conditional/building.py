@@ -16,8 +16,9 @@ from budgetnet.conditional.network import ConditionalNetwork
 from budgetnet.costs.additive import module_macs
 from budgetnet.errors import ConfigError
 from budgetnet.gated import ChannelGate, GatedSequential, channels_of, narrowed_module
+from budgetnet.shapes import output_shape
 from budgetnet.sites import Threshold
-from budgetnet.supernet import SuperNetwork, output_shape
+from budgetnet.supernet import SuperNetwork
 
 CLOSED = -1
 """Instead of a decision: the group is closed for all inputs."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from budgetnet.costs.additive import EdgeCost, edge_cost
-from budgetnet.supernet import Shape, SuperNetwork
+from budgetnet.shapes import Shape
+from budgetnet.supernet import SuperNetwork
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from budgetnet.errors import ConfigError
 from budgetnet.gated import GatedSequential
 from budgetnet.graph import Graph, both, either, opposite
+from budgetnet.shapes import Shape, evaluating, on_meta, output_shape
 from budgetnet.sites import ConditionalGates
-from budgetnet.supernet import Shape, SuperNetwork, evaluating, on_meta, output_shape
+from budgetnet.supernet import SuperNetwork
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,8 @@ from budgetnet.costs.measured import Measured
 from budgetnet.export import compacted
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.onnx_pieces import Piece
-from budgetnet.supernet import Shape, SuperNetwork
+from budgetnet.shapes import Shape
+from budgetnet.supernet import SuperNetwork
 
 ADDITION = [helper.make_node("Add", ["/conv_10", "/conv_11"], ["/add_12"])]
 GATHER: list[onnx.NodeProto | onnx.TensorProto] = [

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from budgetnet.extraction import fold_batch_norm
 from budgetnet.gated import ChannelGate, GatedSequential
-from budgetnet.supernet import Shape, SuperNetwork, evaluating, output_shape
+from budgetnet.shapes import Shape, evaluating, output_shape
+from budgetnet.supernet import SuperNetwork
 
 FLOAT = 4
 """Bytes of a float32."""
