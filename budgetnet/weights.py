@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from budgetnet.errors import ConfigError, FileError
@@ -16,11 +20,38 @@ from budgetnet.supernet import SuperNetwork
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the pixels, in [0, 1], of the images that torchvision's weights were learned on: red, green, blue."""
 
+LAST = {"resnet": "fc", "mobilenet_v2": "classifier.1"}
+"""Torchvision's name of the last layer."""
+
 COUNTER = "num_batches_tracked"
 """What files older than this buffer lack, and what only a batch norm without a momentum reads."""
 
 
-def load_torchvision(network: SuperNetwork, state: Mapping[str, Tensor]) -> None:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file that `torch.save` or safetensors wrote, by their names.
+
+    Nothing but tensors is taken from a pickle.
+
+    Raises:
+        FileError: there is no such file, or it holds something else.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileError(f"expected a file of weights at {path}, found none") from None
+    except pickle.UnpicklingError as error:  # whose own words are advice to load it nevertheless
+        raise FileError(f"{path} must hold tensors by their names and nothing else, got what cannot be read") from error
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+        raise FileError(f"{path} must hold weights: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FileError(f"{path} must hold tensors by their names, got {type(state).__name__}")
+    return {str(name): value for name, value in state.items()}
+
+
+def load_torchvision(network: SuperNetwork, state: Mapping[str, Tensor], *, classifier: bool = True) -> None:
     """Copies the weights and running statistics of torchvision's network of the same form into this one.
 
     Gates, and what decides them, stay as they are. Nothing is copied unless everything fits. The weights were learned
@@ -29,12 +60,18 @@ def load_torchvision(network: SuperNetwork, state: Mapping[str, Tensor]) -> None
     Args:
         network: of the space resnet with depth 18, 34, 50 or 101, or of the space mobilenet_v2.
         state: as `torch.load(file, weights_only=True)` gives it: "layer1.0.conv1.weight" or "features.0.0.weight".
+        classifier: copy the last layer too; without it any number of classes will do, and it stays as it is.
 
     Raises:
         ConfigError: torchvision has no network of this form.
         FileError: the weights lack one that the network has, have another, or one of another shape.
     """
     expected = learned(network)
+    last = LAST[network.name]
+    if not classifier:
+        expected, state = (
+            {name: value for name, value in named.items() if not name.startswith(last)} for named in (expected, state)
+        )
     for name, own in expected.items():
         shape = "none" if name not in state else shape_of(state[name])
         if shape != shape_of(own) and not (name.endswith(COUNTER) and name not in state):
@@ -46,6 +83,12 @@ def load_torchvision(network: SuperNetwork, state: Mapping[str, Tensor]) -> None
         for name, own in expected.items():
             if name in state:
                 own.copy_(state[name])
+
+
+def classifies_alike(network: SuperNetwork, state: Mapping[str, Tensor]) -> bool:
+    """Whether torchvision's weights, by their names, are for as many classes as the network has."""
+    bias = state.get(f"{LAST.get(network.name)}.bias")
+    return bias is not None and tuple(bias.shape) == network.shapes[network.graph.sink]
 
 
 def learned(network: SuperNetwork) -> dict[str, Tensor]:

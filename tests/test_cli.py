@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import runpy
 from functools import partial
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from PIL import Image
 from wrong_files import branching
 
-from budgetnet import cli, training
+from budgetnet import cli, spaces, training
+from budgetnet.delivery import restored
 from budgetnet.export import difference, load
+from budgetnet.runs import RunFolder
+from budgetnet.weights import learned
 
 OWN = '''
 """A network of three modules, two of them choices."""
@@ -422,3 +428,26 @@ def test_what_cannot_be_folded_is_said_in_one_line(conditional, runs, tmp_path, 
     expected = f"budgetnet: --fold takes a run whose gates look at the input, got {runs.finished}\n"
     assert capsys.readouterr().err == expected
     assert not list(tmp_path.iterdir())
+
+
+def test_a_search_starts_from_weights_with_a_classifier_of_its_own(tmp_path, say):
+    """Three classes where the weights have seven: all but the last layer is theirs, and how pixels are seen."""
+    for part, kind, number in product(("train", "val", "test"), "abc", range(8)):
+        file = tmp_path / "photos" / part / kind / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)).save(file)
+    shape = {"depth": 18, "channels": 4, "image_size": 32}
+    pretrained = learned(spaces.resnet(**shape, classes=7))
+    torch.save({name: value.detach() for name, value in pretrained.items()}, tmp_path / "pretrained.pth")
+    flags = ["--space", "resnet", "--space.depth", "18", "--space.channels", "4", "--budget", "macs<=90%"]
+    flags += ["--data", tmp_path / "photos", "--epochs", 1, "--warmup", 0, "--finetune", 0, "--learning_rate", 0]
+    say("search", *flags, "--weights", tmp_path / "pretrained.pth", "--out", tmp_path / "run")
+    network = spaces.resnet(**shape, classes=3)
+    restored(RunFolder(tmp_path / "run"), network)
+    for name, value in learned(network).items():
+        if name.startswith("fc"):
+            assert len(value) == 3
+        elif name.endswith("weight"):
+            assert torch.equal(value, pretrained[name]), name
+    seen = json.loads((tmp_path / "run" / "options.json").read_text())["data"]
+    assert (seen["mean"], seen["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

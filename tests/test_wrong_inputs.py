@@ -24,6 +24,7 @@ from wrong_files import (
     images,
     onnx_file,
     run,
+    saved,
     state,
     swapped,
     tensor,
@@ -179,6 +180,16 @@ SPACES = [
         "a space with a cycle",
         OWN,
         written("own.py", CYCLE),
+    ),
+    Wrong("weights from no file", search("--weights {tmp}/none.pth")),
+    Wrong("weights that are a text", search("--weights {tmp}/w.pth"), written("w.pth", "Dear all")),
+    Wrong("weights that are a trap", search("--weights {tmp}/w.pth"), written("w.pth", trapped())),
+    Wrong("weights that are a number", search("--weights {tmp}/w.pth"), saved("w.pth", 3)),
+    Wrong("weights for a space that torchvision does not have", search("--weights {tmp}/w.pth"), saved("w.pth", {})),
+    Wrong(
+        "weights of another network",
+        f"{FEW} --data digits --space resnet --space.depth 18 --weights {{tmp}}/w.pth",
+        saved("w.pth", {"conv1.weight": torch.zeros(3)}),
     ),
 ]
 DATA = [

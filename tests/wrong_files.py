@@ -162,6 +162,13 @@ def trapped() -> bytes:
     return buffer.getvalue()
 
 
+def saved(name: str, content: object) -> Prepare:
+    """A file in the test's folder as `torch.save` writes it."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return written(name, buffer.getvalue())
+
+
 def images(*files: str, broken: str = "", sizes: dict[str, int] | None = None, names: str = "") -> Prepare:
     """A folder of small images; `broken` is cut in half."""
 

@@ -19,6 +19,7 @@ from budgetnet.delivery import Found
 from budgetnet.errors import ConfigError
 from budgetnet.options import SearchOptions
 from budgetnet.search import search
+from budgetnet.weights import MEAN, STD, classifies_alike, load_torchvision, read_weights
 
 
 def search_command(arguments: list[str]) -> None:
@@ -37,6 +38,9 @@ def search_command(arguments: list[str]) -> None:
     parser.add_argument("--std", type=str | None, default=None, help="likewise: a network sees (pixel - mean) / std")
     parser.add_argument("--budget", action="append", default=[], metavar="COST<=LIMIT", help="repeat for several")
     parser.add_argument("--architecture", type=str | None, default=None, help="train this one, without a search")
+    parser.add_argument(
+        "--weights", type=str | None, default=None, metavar="FILE", help="torchvision's, of this network, to start from"
+    )
     parser.add_argument("--out", type=str | None, default=None, metavar="RUN", help="run folder")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--json", action="store_true", help="print result.json on stdout and nothing else")
@@ -64,6 +68,10 @@ def search_command(arguments: list[str]) -> None:
             "task": data.task,
         },
     )
+    if given.weights is not None:
+        state = read_weights(given.weights)
+        load_torchvision(network, state, classifier=classifies_alike(network, state))
+        data = data if given.mean is not None else data.normalised(MEAN, STD)
     bars = Bars(Console(stderr=True, quiet=given.json))
     command = shlex.join(["budgetnet", "search", *arguments])
     try:
