@@ -191,6 +191,9 @@ def matching_threshold(cost: Callable[[Policy], float], noisy: Policy, *, steps:
         cost: the expected cost under a policy; rises or falls with the threshold (exits cost less where they open).
         noisy: draws the gates.
         steps: halvings of the interval between 0 and what is too much.
+
+    Returns:
+        The logit, 0 where no threshold does: gates of both kinds may hold each other up.
     """
 
     def at(logit: float) -> float:
@@ -200,13 +203,16 @@ def matching_threshold(cost: Callable[[Policy], float], noisy: Policy, *, steps:
     if math.isclose(before, wanted, rel_tol=ALIKE):
         return 0.0
     sign = 1.0 if before < wanted else -1.0  # 1 where gates have to open
+
+    def reaches(logit: float) -> bool:
+        return sign * at(logit) >= sign * wanted * (1 - sign * ALIKE)
+
     enough, short = max((LARGEST, -LARGEST), key=lambda end: sign * at(end)), 0.0
+    if not reaches(enough):
+        return 0.0
     for _ in range(steps):
         middle = (short + enough) / 2
-        if sign * at(middle) >= sign * wanted * (1 - sign * ALIKE):
-            enough = middle
-        else:
-            short = middle
+        enough, short = (middle, short) if reaches(middle) else (enough, middle)
     return enough
 
 

@@ -361,3 +361,4 @@ def test_the_matching_threshold_stays_where_gates_are_polarised():
     assert matching_threshold(cost, Fixed(torch.tensor([[1.0, 0, 1, 0]]))) == 0
     assert matching_threshold(cost, Fixed(torch.ones(1, 4))) == pytest.approx(-5, abs=0.02)
     assert matching_threshold(cost, Fixed(torch.zeros(1, 4))) == pytest.approx(5, abs=0.02)
+    assert matching_threshold(lambda policy: 2.0 if isinstance(policy, Sample) else cost(policy), Sample()) == 0

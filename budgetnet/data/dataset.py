@@ -157,11 +157,10 @@ class Dataset:
         Raises:
             ConfigError: `pad` is negative, or no smaller than an image.
         """
-        own = self.augmentation
-        pad, flip = own.pad if pad is None else pad, own.flip if flip is None else flip
-        if pad >= (side := min(self.image_shape[1:])):
+        if pad is not None and pad >= (side := min(self.image_shape[1:])):
             raise ConfigError(f"pad must be less than an image's side of {side} pixels, got {pad}")
-        return replace(self, augmentation=replace(own, pad=pad, flip=flip))
+        given = {name: value for name, value in (("pad", pad), ("flip", flip)) if value is not None}
+        return replace(self, augmentation=replace(self.augmentation, **given))
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> "Dataset":
         """The same dataset, seen as `(pixel / 255 - mean) / std`, such as pretrained weights expect.
