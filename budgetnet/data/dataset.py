@@ -159,8 +159,9 @@ class Dataset:
         """
         if pad is not None and pad >= (side := min(self.image_shape[1:])):
             raise ConfigError(f"pad must be less than an image's side of {side} pixels, got {pad}")
-        given = {name: value for name, value in (("pad", pad), ("flip", flip)) if value is not None}
-        return replace(self, augmentation=replace(self.augmentation, **given))
+        own = self.augmentation
+        pad, flip = own.pad if pad is None else pad, own.flip if flip is None else flip
+        return replace(self, augmentation=replace(own, pad=pad, flip=flip))
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> "Dataset":
         """The same dataset, seen as `(pixel / 255 - mean) / std`, such as pretrained weights expect.
