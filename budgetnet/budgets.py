@@ -255,8 +255,9 @@ def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> li
     """The cost of the smallest, the expected and the full network beside each limit, as measured where it can be.
 
     Returns:
-        For each budget `{"cost", "unit", "limit", "smallest", "bound", "expected", "full"}`; the expected cost
-        is the mean over 1,024 samples of the gates as they start. Of a cost that may fall where modules are
+        For each budget `{"cost", "unit", "limit", "smallest", "bound", "expected", "alike", "full"}`; the expected cost
+        is the mean over 1,024 samples of the gates as they start, of which the share "alike" cost the same, so
+        that the score function learns nothing from them. Of a cost that may fall where modules are
         added, "smallest" is the smallest of these, a path and the full network, "bound" is False, and
         no limit is refused.
 
@@ -295,6 +296,7 @@ def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> li
                 "smallest": smallest,
                 "bound": monotone,
                 "expected": float(costs.mean()),
+                "alike": float(costs.unique(return_counts=True)[1].max()) / len(costs),
                 "full": budget.full,
             }
         )

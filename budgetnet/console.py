@@ -13,6 +13,9 @@ from rich.table import Table
 from budgetnet.options import SearchOptions
 from budgetnet.steering import Sums
 
+ALIKE = 0.9
+"""Share of samples of one cost from which on the user is told that their costs teach little."""
+
 SIGNS = ((1e9, "G"), (1e6, "M"), (1e3, "K"))
 
 
@@ -36,6 +39,10 @@ class Bars:
                 least, *numbers = [quantity(row[key], row["unit"]) for key in ("smallest", "expected", "full", "limit")]
                 table.add_row(escape(row["cost"]), least if row["bound"] else f"{least.rstrip()} seen", *numbers)
             self.console.print(table)
+        for row in limits if options.estimator == "score" else []:
+            if row["alike"] > ALIKE and row["expected"] > row["limit"]:
+                same = f"{row['cost']}: {100 * row['alike']:.0f} % of the sampled networks cost the same"
+                self.say(f"{same}, so gates learn little: let them start lower than gate_start {options.gate_start:g}")
         self.epochs = options.epochs
         self.progress = Progress(
             TextColumn("{task.description}"),

@@ -132,6 +132,8 @@ def test_what_can_be_reached_is_told_before_training():
     budgets = [Budget.parse(text).bind(NETWORK) for text in ("macs<=50%", "steps:2~=9")]
     first, second = check_reachable(NETWORK, budgets)
     assert first.pop("expected") == pytest.approx(mean, abs=4 * ((square - mean**2) / 1024) ** 0.5)
+    alike = max(float(weight[costs == one].sum()) for one in costs.unique())
+    assert first.pop("alike") == pytest.approx(alike, abs=4 * (alike * (1 - alike) / 1024) ** 0.5)
     smallest = float(costs[used.any(dim=1)].min())
     assert first == {
         "cost": "macs",

@@ -272,6 +272,7 @@ def test_what_only_a_measurement_shows_is_beside_what_it_was_before(tmp_path):
         "smallest": 0.1,
         "bound": True,
         "expected": 3.1,
+        "alike": 0.01,
         "full": 3.8,
     }
     run = folder(tmp_path / "run", budgets=[budget], before=[before])
