@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
@@ -296,7 +297,7 @@ def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> li
                 "smallest": smallest,
                 "bound": monotone,
                 "expected": float(costs.mean()),
-                "alike": float(costs.unique(return_counts=True)[1].max()) / len(costs),
+                "alike": max(Counter(costs.tolist()).values()) / len(costs),
                 "full": budget.full,
             }
         )
