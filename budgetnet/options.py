@@ -54,6 +54,9 @@ class SearchOptions:
             and, once one is chosen, with weights of its own beside that.
         distillation_temperature: of both predictions there, > 0; a higher one shows more of what the full network
             takes for unlikely.
+        exit_supervision: weight of the loss of all ways out of a network with exits, each on its share of the batch,
+            beside that of what the gates choose; without it a classifier learns from those images alone that the
+            exits before it leave, and what is easy there is never seen behind them.
         epochs: passes over the training images in all, >= 1.
         warmup: share of the epochs before sampling starts, in [0, 1); BSN: 50 of 300.
         finetune: share of the epochs for the chosen architecture, in [0, 1).
@@ -101,6 +104,7 @@ class SearchOptions:
     gate_decay: float | Literal["papers"] = 0.0
     distillation: float = 0.0
     distillation_temperature: float = 1.0
+    exit_supervision: float = 1.0
     epochs: int = 30
     warmup: float | None = None
     finetune: float | None = None
@@ -142,6 +146,7 @@ class SearchOptions:
             "exploration",
             "target_fall",
             "distillation",
+            "exit_supervision",
         ):
             _check(name, self._value(name), least=0)
         for name in ("warmup", "finetune", "noiseless", "anneal", "momentum"):

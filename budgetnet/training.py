@@ -17,7 +17,7 @@ from budgetnet.objectives import distillation, example_losses
 from budgetnet.optimizers import load_optimizer, optimizer_state
 from budgetnet.options import SearchOptions
 from budgetnet.runs import load_tensors
-from budgetnet.sites import AlwaysOn, Policy, Sample
+from budgetnet.sites import AlwaysOn, Fixed, Policy, Sample
 from budgetnet.steering import Steering, Sums
 from budgetnet.supernet import SuperNetwork
 
@@ -98,6 +98,10 @@ class Learner(Steering):
         objective = losses.mean()
         if phase == "search":
             objective = self.search_objective(losses, kept, progress, epochs, sums, x)
+            if self.network.exits and self.options.exit_supervision:
+                output_of_ways, _ = self.forward(self.network, x, Fixed(self.network.ways()))
+                beside = example_losses(output_of_ways, y, self.ignore).mean()
+                objective = objective + self.options.exit_supervision * beside
         if self.options.distillation and phase != "warmup":
             objective = objective + self._distillation(x, y, output, phase)
         if not torch.isfinite(objective):

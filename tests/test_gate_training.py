@@ -16,7 +16,7 @@ from budgetnet.errors import ConfigError
 from budgetnet.gated import memory_format
 from budgetnet.inference import Inference
 from budgetnet.runs import RunFolder
-from budgetnet.sites import AlwaysOn, Gumbel, entropy, log_prob
+from budgetnet.sites import AlwaysOn, Fixed, Gumbel, entropy, log_prob
 from budgetnet.training import Learner, Sums
 
 small_resnet = partial(bn.spaces.resnet, depth=8, channels=4, image_size=8, in_channels=1)
@@ -135,6 +135,7 @@ def every_gate(network: bn.SuperNetwork) -> torch.Tensor:
     [
         *(("temperature", 0), ("temperature", True), ("target_every", 0), ("target_fall", -1), ("gate_decay", "much")),
         *(("estimator", "reinforce"), ("penalty", "hinge"), ("target", "cosine"), ("distillation", -0.5)),
+        ("exit_supervision", -1),
         *(("distillation_temperature", 0.0), ("distillation_temperature", float("inf"))),
     ],
 )
@@ -392,6 +393,42 @@ def test_images_that_the_full_network_saw_to_teach_are_counted(weight, epochs, t
     found = bn.search(small_resnet(), digits, ["macs<=70%"], options, out=tmp_path / "run")
     assert (found.result["images_seen"], found.result["images_taught"]) == (4 * 256, epochs * 256)
     assert ("768 of them by the full network" in (found.run / "report.html").read_text()) == bool(weight)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_classifiers_behind_an_exit_that_all_examples_take_learn_on(weight):
+    """The loss of all ways out, each on its share of the batch, stands beside that of the gates' choice."""
+    one = learner(small_exits, exit_supervision=weight)
+    one.begin_search()
+    first, last = (one.network.modules_on_edges[one.network.edge_names.index(name)] for name in ("d0.exit", "output"))
+    one.network.heads[str(one.network.edge_names.index("d0.exit"))].reset(50.0)
+    step(one)
+
+    def learns(module: nn.Module) -> bool:
+        return any(value.grad is not None and bool(value.grad.abs().sum() > 0) for value in module.parameters())
+
+    assert learns(first)
+    assert learns(last) is bool(weight)
+
+
+def test_the_loss_of_all_ways_out_is_weighed():
+    alone, both = learner(small_exits, exit_supervision=0.0), learner(small_exits, exit_supervision=0.5)
+    for one in (alone, both):
+        one.begin_search()
+    before = copy.deepcopy(both.network)
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    for one, generator in zip((alone, both), generators, strict=True):
+        one.step(x, y, "search", generator=generator, rate=0.0, progress=1.0, sums=Sums())
+    output, _ = before(x, Fixed(before.ways()))
+    nn.functional.cross_entropy(output, y).backward()
+    name = "output"
+    place = before.edge_names.index(name)
+    ours, theirs, beside = (
+        list(one.modules_on_edges[place].parameters()) for one in (both.network, alone.network, before)
+    )
+    for mine, other, extra in zip(ours, theirs, beside, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad + 0.5 * extra.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_temperature_without_distillation_is_refused():
