@@ -42,14 +42,15 @@ GATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pruned": ({}, {}),
     "pruned wide": ({"expansion": 2}, {}),
     "pruned taught": ({}, {"distillation": 1.0}),
-    "conditional": ({"conditional": True}, {}),
-    "conditional layers": ({"conditional": True, "gates": "layers"}, {}),
+    "conditional": ({"conditional": True}, {"noiseless": 0.7}),
+    "conditional layers": ({"conditional": True, "gates": "layers"}, {"noiseless": 0.7}),
     "layers": ({"gates": "layers"}, {}),
     "blocks and eights": ({"gates": "both", "granularity": 8}, {}),
     "per-gate loss": ({}, {"penalty": "per-gate"}),
 }
 """What is searched: options of the space, and of the search. The wide one may take up to twice the hidden channels; of
-the taught one the full network learns beside it to the end, which its seconds show."""
+the taught one the full network learns beside it to the end, which its seconds show; gates that look at the input have
+noise until the limit is in full force."""
 KINDS = (*GATED, "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
 DENSE_EPOCHS = 2 / 3
 """Share of the epochs that the pruners train the dense network for; the rest follows the pruning."""

@@ -16,7 +16,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gumbel": {"warmup": 0.13, "finetune": 0.7, "gate_rate": 0.05, "gate_start": 2.0, "architectures": "example"}
     | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.6, "noiseless": 0.0},
     "conditional": {"warmup": 0.13, "finetune": 0.0, "gate_rate": 0.05, "gate_start": 2.0, "architectures": "example"}
-    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.3, "noiseless": 0.7},
+    | {"proportional": 20.0, "exploration": 0.0, "anneal": 0.3, "noiseless": 0.5},
 }
 """What an option left at None becomes: for the score function, for Gumbel, and for gates that look at the input."""
 DRAWN = 16
