@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="cifar10", help="dataset, or folder of images")
     parser.add_argument("--train-images", type=int, default=10_000)
-    parser.add_argument("--pad", type=int, help="pixels a side before the random crop; the dataset's own unless given")
+    parser.add_argument("--pad", type=int, help="of the random crop; give such rows a folder (--rows)")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--targets", type=int, nargs="+", default=[50, 25], help="percent of the dense MACs")
