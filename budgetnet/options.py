@@ -54,10 +54,10 @@ class SearchOptions:
             and, once one is chosen, with weights of its own beside that.
         distillation_temperature: of both predictions there, > 0; a higher one shows more of what the full network
             takes for unlikely.
-        exit_supervision: weight of the loss of all ways out of a network with exits, each on its share of the batch,
-            beside that of what the gates choose; without it a classifier learns from those images alone that the
-            exits before it leave, and what is easy there is never seen behind them. A second pass in each step of a
-            search. Huang et al., arXiv:1703.09844, train all classifiers on every image.
+        exit_supervision: weight of the mean loss of all ways out of a network with exits, on all images, beside that of
+            the way that the gates choose; without it a classifier learns from those images alone that the exits
+            before it leave, and what is easy there is never seen behind them. Huang et al., arXiv:1703.09844, train
+            all classifiers on every image.
         epochs: passes over the training images in all, >= 1.
         warmup: share of the epochs before sampling starts, in [0, 1); BSN: 50 of 300.
         finetune: share of the epochs for the chosen architecture, in [0, 1).

@@ -81,3 +81,11 @@ def spread(values: Tensor, examples: int) -> Tensor:
         raise ConfigError(f"{len(values)} architectures need at least as many examples, got {examples}")
     sizes = [examples // len(values) + (k < examples % len(values)) for k in range(len(values))]
     return values.repeat_interleave(torch.tensor(sizes, device=values.device), dim=0)
+
+
+def gated(value: Tensor, own: Tensor) -> Tensor:
+    """`(B, ...)` values times `(K,)` gates, each of the examples that it decides for, with a gradient to them."""
+    if not own.requires_grad and bool((own == 1).all()):
+        return value
+    mask = spread(own[:, None], len(value))
+    return value * mask.reshape(len(value), *[1] * (value.ndim - 1)).to(value.dtype)

@@ -331,9 +331,7 @@ class Session:
         """The forward pass in the run's precision."""
 
         def run(x: Tensor) -> Tensor:
-            with torch.autocast(
-                self.learner.device.type, self.learner.dtype, enabled=self.learner.dtype != torch.float32
-            ):
+            with self.learner.precision():
                 return network(x.contiguous(memory_format=self.learner.layout))
 
         return run

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from budgetnet.choices import Choices, Site
 from budgetnet.errors import ConfigError, GraphError
 from budgetnet.gated import GatedSequential
 from budgetnet.graph import Graph
-from budgetnet.rows import Rows, spread
+from budgetnet.rows import Rows, gated, spread
 from budgetnet.shapes import Shape, evaluating, output_shape
 from budgetnet.sites import AlwaysOn, Fixed, Gates, Policy
 
@@ -249,11 +251,25 @@ class SuperNetwork(Choices, nn.Module):
         Returns:
             The output, `(B, ...)`, as `run` gives it for the same decisions, and `kept`, `(K, G)`.
         """
+        outputs, taken, kept = self.ways_out(x, policy)
+        return reduce(add, [gated(value, taken[:, place]) for place, value in enumerate(outputs)]), kept
+
+    def ways_out(self, x: Tensor, policy: Policy) -> tuple[list[Tensor], Tensor, Tensor]:
+        """What every way out would answer: each exit in order, then the end, where there are no exits the only way.
+
+        Args:
+            x: `(B, C, H, W)`.
+            policy: decides; its decisions may carry a gradient.
+
+        Returns:
+            W outputs, `(B, ...)` each; `(B, W)` 1 at the way that the gates choose and 0 elsewhere, with their gradient
+            (all 0 where input and output are not connected); `kept`, `(K, G)`.
+        """
         alone = self.training and len(x) < 2  # as in `run`: one row has no batch statistics
         with evaluating(self) if alone else nullcontext():
-            return self._masked(x, policy)
+            return self._ways_out(x, policy)
 
-    def _masked(self, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
+    def _ways_out(self, x: Tensor, policy: Policy) -> tuple[list[Tensor], Tensor, Tensor]:
         shared = policy(self.gates.logits, slice(0, self.independent))
         if self.heads:
             shared = spread(shared, len(x))
@@ -263,39 +279,39 @@ class SuperNetwork(Choices, nn.Module):
         values: dict[int, Tensor] = {self.graph.source: x}
         reached: dict[int, Tensor] = {self.graph.source: whole.new_ones(len(whole))}
         through = whole.new_ones(len(whole))  # what no exit has taken yet
+        outputs, taken = [], []
         waiting = [len(entering) for entering in self.graph.incoming]
         for edge in self.visits:
             start, end = self.graph.edges[edge]
             own, groups = whole[:, edge], self.groups_of(edge, whole)
             if str(edge) in self.heads:
                 count = len(self.own_columns(edge))
-                decided = policy(self.heads[str(edge)](values[start]), slice(position, position + count))
-                decided = spread(decided, len(x))
+                logits = x.new_zeros(1, count) if policy.blind else self.heads[str(edge)](values[start])
+                decided = spread(policy(logits, slice(position, position + count)), len(x))
                 position += count
                 pieces.append(decided)
                 own, groups = self._decided(edge, decided, own, groups)
             own = own * reached[start] * self._sites_alive(edge, groups.detach())
-            if edge in self.exits:
-                own, through = own * through, through * (1 - own)
-            elif end == self.graph.sink and self.exits:
-                own = own * through
             module = self.modules_on_edges[edge]
             if isinstance(module, GatedSequential):
                 value = module.masked(values[start], spread(groups, len(x)))
             else:
                 value = module(values[start])
-            if own.requires_grad or not bool((own == 1).all()):
-                mask = spread(own[:, None], len(x))
-                value = value * mask.reshape(len(x), *[1] * (value.ndim - 1)).to(value.dtype)
-            values[end] = value if end not in values else values[end] + value
-            reached[end] = torch.maximum(reached.get(end, torch.zeros_like(own)), (own.detach() > 0).to(own))
             waiting[end] -= 1
-            if not waiting[end]:
+            if edge in self.exits:
+                outputs.append(self.activations[end](value))
+                taken.append(own * through)
+                through = through * (1 - own)
+            else:
+                value = gated(value, own)
+                values[end] = value if end not in values else values[end] + value
+                reached[end] = torch.maximum(reached.get(end, torch.zeros_like(own)), (own.detach() > 0).to(own))
+            if not waiting[end] and end in values:
                 values[end] = self.activations[end](values[end])
-        output, connected = values[self.graph.sink], reached[self.graph.sink]
-        if not bool(connected.all()):  # an empty sum is 0, whatever an activation makes of it
-            output = output * spread(connected, len(x)).reshape(len(x), *[1] * (output.ndim - 1)).to(output.dtype)
-        return output, torch.cat(pieces, dim=1)
+        if self.graph.sink in values:
+            outputs.append(values[self.graph.sink])
+            taken.append(through * reached[self.graph.sink])  # an empty sum is 0, whatever an activation makes of it
+        return outputs, spread(torch.stack(taken, dim=1), len(x)), torch.cat(pieces, dim=1)
 
     def _decided(self, edge: int, decided: Tensor, own: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Puts `(B, n)` conditional decisions of an edge's gates where they belong."""

@@ -17,7 +17,7 @@ from budgetnet.objectives import distillation, example_losses
 from budgetnet.optimizers import load_optimizer, optimizer_state
 from budgetnet.options import SearchOptions
 from budgetnet.runs import load_tensors
-from budgetnet.sites import AlwaysOn, Fixed, Policy, Sample
+from budgetnet.sites import AlwaysOn, Policy, Sample
 from budgetnet.steering import Steering, Sums
 from budgetnet.supernet import SuperNetwork
 
@@ -93,15 +93,17 @@ class Learner(Steering):
             DivergenceError: the objective is not finite; nothing was changed.
         """
         x = x.contiguous(memory_format=self.layout)
-        output, kept = self.forward(self.network, x, self.policy(phase, len(x), generator, epochs))
-        losses = example_losses(output, y, self.ignore)
-        objective = losses.mean()
+        policy = self.policy(phase, len(x), generator, epochs)
+        if self.network.exits and phase != "finetune":
+            output, losses, every, kept = self._of_all_ways(x, y, policy)
+        else:
+            output, kept = self.forward(self.network, x, policy)
+            losses = every = example_losses(output, y, self.ignore)
+        objective = every.mean()
         if phase == "search":
             objective = self.search_objective(losses, kept, progress, epochs, sums, x)
-            if self.network.exits and self.options.exit_supervision:
-                output_of_ways, _ = self.forward(self.network, x, Fixed(self.network.ways()))
-                beside = example_losses(output_of_ways, y, self.ignore).mean()
-                objective = objective + self.options.exit_supervision * beside
+            if self.network.exits:
+                objective = objective + self.options.exit_supervision * every.mean()
         if self.options.distillation and phase != "warmup":
             objective = objective + self._distillation(x, y, output, phase)
         if not torch.isfinite(objective):
@@ -118,8 +120,31 @@ class Learner(Steering):
 
     def forward(self, network: SuperNetwork, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
         """The forward pass in the precision of the run."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.precision():
             return network(x, policy)  # type: ignore[no-any-return]
+
+    def precision(self) -> torch.autocast:
+        """The precision of the run, for what computes in it."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _of_all_ways(self, x: Tensor, y: Tensor, policy: Policy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One forward pass along all ways out of a network with exits.
+
+        The gates choose between the losses rather than between the outputs: a mixture of outputs shows a gate nothing
+        of an image whose chosen answer is right for certain, which are those that could leave earlier.
+
+        Returns:
+            The output `(B, ...)` and the loss `(B,)` of the way that each example takes, with a gradient to the
+            gates; the losses of all ways, `(B, W)`; `kept`.
+        """
+        with self.precision():
+            outputs, taken, kept = self.network.ways_out(x, policy)
+        ways, nothing = len(outputs), 1 - taken.sum(dim=1, keepdim=True)  # 1 where input and output are not connected
+        outputs, taken = [*outputs, torch.zeros_like(outputs[0])], torch.cat([taken, nothing], dim=1)
+        every = torch.stack([example_losses(output, y, self.ignore) for output in outputs], dim=1)
+        chosen = taken.detach().argmax(dim=1)
+        output = torch.stack(outputs, dim=1)[torch.arange(len(x), device=x.device), chosen]
+        return output, (taken * every).sum(dim=1), every[:, :ways], kept
 
     def _distillation(self, x: Tensor, y: Tensor, output: Tensor, phase: str) -> Tensor:
         """What the full network loses beside, and how far the prediction is from its own.

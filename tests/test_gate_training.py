@@ -397,7 +397,7 @@ def test_images_that_the_full_network_saw_to_teach_are_counted(weight, epochs, t
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_classifiers_behind_an_exit_that_all_examples_take_learn_on(weight):
-    """The loss of all ways out, each on its share of the batch, stands beside that of the gates' choice."""
+    """The loss of all ways out on all images stands beside that of the gates' choice."""
     one = learner(small_exits, exit_supervision=weight)
     one.begin_search()
     first, last = (one.network.modules_on_edges[one.network.edge_names.index(name)] for name in ("d0.exit", "output"))
@@ -420,8 +420,9 @@ def test_the_loss_of_all_ways_out_is_weighed():
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     for one, generator in zip((alone, both), generators, strict=True):
         one.step(x, y, "search", generator=generator, rate=0.0, progress=1.0, sums=Sums())
-    output, _ = before(x, Fixed(before.ways()))
-    nn.functional.cross_entropy(output, y).backward()
+    for way in before.ways():
+        output, _ = before(x, Fixed(way[None]))
+        (nn.functional.cross_entropy(output, y) / 3).backward()
     name = "output"
     place = before.edge_names.index(name)
     ours, theirs, beside = (
@@ -429,6 +430,44 @@ def test_the_loss_of_all_ways_out_is_weighed():
     )
     for mine, other, extra in zip(ours, theirs, beside, strict=True):
         torch.testing.assert_close(mine.grad, other.grad + 0.5 * extra.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_gates_of_exits_choose_between_losses():
+    """The loss is that of the way taken, and its gradient to a gate what the other decision would have cost."""
+    network = small_exits().eval()
+    x, y = torch.randn(6, 1, 8, 8), torch.randint(10, (6,))
+    one = learner(lambda: network, "layers<=80%")
+    first, second = (network.heads[str(edge)] for edge in network.visits if edge in network.exits)
+    first.reset(0.5), second.reset(-0.3)
+    ways = torch.stack(
+        [nn.functional.cross_entropy(network(x, Fixed(way[None]))[0], y, reduction="none") for way in network.ways()], 1
+    )
+    for taken in ([1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]):
+        gates = torch.tensor([taken]).repeat(6, 1).requires_grad_()
+        _, losses, every, kept = one._of_all_ways(x, y, Fixed(gates))
+        torch.testing.assert_close(every, ways, rtol=1e-5, atol=1e-6)
+        assert torch.equal(kept, gates)
+        a, b = taken
+        torch.testing.assert_close(losses, a * ways[:, 0] + (1 - a) * (b * ways[:, 1] + (1 - b) * ways[:, 2]))
+        losses.sum().backward()
+        behind = b * ways[:, 1] + (1 - b) * ways[:, 2]
+        expected = torch.stack([ways[:, 0] - behind, (1 - a) * (ways[:, 1] - ways[:, 2])], 1)
+        torch.testing.assert_close(gates.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_connects_nothing_knows_nothing_also_where_there_are_exits():
+    edges = [
+        bn.Edge(start="x", end="a", module=nn.Flatten(), name="input"),
+        bn.Edge(start="a", end="y", module=nn.Linear(64, 10), name="exit", exit=True),
+        bn.Edge(start="a", end="y", module=nn.Linear(64, 10), name="end", fixed=True),
+    ]
+    network = bn.SuperNetwork(edges, input_shape=(1, 8, 8))
+    one = learner(lambda: network, "layers<=80%")
+    x, y = torch.randn(3, 1, 8, 8), torch.randint(10, (3,))
+    for taken in (0.0, 1.0):
+        output, losses, _, _ = one._of_all_ways(x, y, Fixed(torch.tensor([[0.0, taken]])))
+        assert not output.any()
+        torch.testing.assert_close(losses, torch.full((3,), 10.0).log())
 
 
 def test_a_temperature_without_distillation_is_refused():
