@@ -164,7 +164,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
         tau, seen = settled_threshold(session.budgets, look, settle)
         curve = [(at, look(at)) for at in CURVE]
         test = look(tau, session.test_batches())
-        exits = exit_table(network, tau, session.test_batches().epoch(0), SuperNetwork.forward) if network.exits else []
+        exits = exit_table(network, tau, session.test_batches().epoch(0)) if network.exits else []
     session.save()
     network.cpu()
     x = next(iter(session.test_batches().epoch(0)))[0].cpu()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -247,16 +246,13 @@ def settled_threshold(
 
 
 @torch.no_grad()
-def exit_table(
-    network: SuperNetwork, tau: float, examples: Examples, forward: Forward
-) -> list[dict[str, str | float | None]]:
+def exit_table(network: SuperNetwork, tau: float, examples: Examples) -> list[dict[str, str | float | None]]:
     """How good each exit is, and on which examples it is taken.
 
     Args:
         network: with exits, in evaluation mode; the last row is for what takes none.
         tau: threshold of the gates.
         examples: batches of inputs and `(B,)` class indices.
-        forward: runs the network.
 
     Returns:
         For each exit, in order, and for the end `{"name", "share", "accuracy_all", "accuracy_chosen"}`: the
@@ -265,28 +261,16 @@ def exit_table(
 
     Source: Herrmann et al., Figure 7.
     """
-    order = [edge for edge in network.visits if edge in network.exits]
-    columns = [column for edge in order if (column := network.gate_of[edge]) is not None]
-    names = [network.edge_names[edge] for edge in order] + ["end"]
+    names = [network.edge_names[edge] for edge in network.visits if edge in network.exits] + ["end"]
     seen = 0
-    right = torch.zeros(len(names), dtype=torch.float64)
-    chosen, chosen_right = torch.zeros_like(right), torch.zeros_like(right)
+    right, chosen, chosen_right = torch.zeros(3, len(names), dtype=torch.float64)
     for x, y in examples:
-        _, kept = forward(network, x, Threshold(tau))
-        open_exits = kept[:, columns] > 0.5
-        taken = torch.where(open_exits.any(dim=1), open_exits.float().argmax(dim=1), len(columns))
-        for place in range(len(names)):
-            forced = kept.clone()
-            forced[:, columns] = 0
-            if place < len(columns):
-                forced[:, columns[place]] = 1
-            output, _ = forward(network, x, Given(forced))
-            hits = output.argmax(dim=1) == y
-            mine = taken == place
-            right[place] += float(hits.sum())
-            chosen[place] += float(mine.sum())
-            chosen_right[place] += float((hits & mine).sum())
+        outputs, taken, _ = network.ways_out(x, Threshold(tau))
+        hits = torch.stack([output.argmax(dim=1) == y for output in outputs], dim=1).double()
         seen += len(x)
+        right += hits.sum(dim=0).cpu()
+        chosen += taken.double().sum(dim=0).cpu()
+        chosen_right += (hits * taken).sum(dim=0).cpu()
     return [
         {
             "name": name,
@@ -296,15 +280,3 @@ def exit_table(
         }
         for place, name in enumerate(names)
     ]
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """The given decisions, `(B, G)`, of gates that look at the input: everything is computed, as for `Threshold`."""
-
-    kept: Tensor
-    blind: ClassVar[bool] = False
-
-    def __call__(self, logits: Tensor, columns: slice) -> Tensor:
-        """The given decisions at this site."""
-        return self.kept[:, columns].to(logits)

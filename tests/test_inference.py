@@ -14,7 +14,6 @@ from budgetnet.delivery import evaluate_gates, fold_gates, restored
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
 from budgetnet.evaluation import recalibrate
 from budgetnet.inference import (
-    Given,
     Inference,
     Observed,
     exit_table,
@@ -177,7 +176,7 @@ def test_where_no_threshold_stands_still_the_budget_is_kept_all_the_same():
 
 def test_the_exit_table_is_that_of_a_loop_over_examples():
     network, data = stirred(exits), examples()
-    table = exit_table(network, 0.5, data, run)
+    table = exit_table(network, 0.5, data)
     ways = network.ways()
     order = [edge for edge in network.visits if edge in network.exits]
     taken, right = [], [[], [], []]
@@ -196,14 +195,6 @@ def test_the_exit_table_is_that_of_a_loop_over_examples():
         assert line["accuracy_all"] == pytest.approx(sum(right[way]) / len(taken))
         assert line["accuracy_chosen"] == (pytest.approx(sum(mine) / len(mine)) if mine else None)
     assert [line["name"] for line in table] == ["d0.exit", "d1.exit", "end"]
-
-
-def test_given_decisions_are_run_as_they_are():
-    network, (x, _) = stirred(resnet), examples(1)[0]
-    output, kept = run(network, x, Threshold())
-    again, same = run(network, x, Given(kept))
-    assert torch.equal(same, kept)
-    torch.testing.assert_close(again, output)
 
 
 def test_a_run_is_evaluated_from_its_checkpoint(tmp_path):
