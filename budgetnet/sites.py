@@ -135,44 +135,28 @@ class ConditionalGates(nn.Module):
         last.bias.add_(step.to(last.bias).repeat(self.count))
 
 
-class ExitGates(nn.Module):
-    """The stronger gate that decides on an exit: two 3x3 convolutions, a 4x4 average pool, a linear layer.
+class ExitGate(nn.Module):
+    """What decides on an exit, its one gate: features, then a linear layer to two logits.
 
     Args:
-        channels: of the features it looks at.
+        features: `(B, ...)` to `(B, n)`.
+        width: n.
         count: number of gates, 1.
-        hidden: channels of both convolutions.
-        pool: side of the squares over which the features are averaged before; 1 as in the paper, where the
-            gate's MACs come near to those of the network it is to save.
         start: bias of the logit: negative values leave the exit closed at first.
 
     Raises:
         ConfigError: the edge has other gates, in its channels.
-
-    Source: Herrmann et al., S1.5.
     """
 
-    def __init__(self, channels: int, count: int = 1, *, hidden: int = 128, pool: int = 1, start: float = -1.0) -> None:
+    def __init__(self, features: nn.Module, width: int, count: int, start: float) -> None:
         super().__init__()
         if count != 1:
             raise ConfigError(f"the gate of an exit decides on the exit alone, got {count} gates")
-        self.count = count
-        self.features = nn.Sequential(
-            *([nn.AvgPool2d(pool)] if pool > 1 else []),
-            nn.Conv2d(channels, hidden, 3, padding=1),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU(),
-            nn.Conv2d(hidden, hidden, 3, padding=1),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-        )
-        self.decide = nn.Linear(hidden * 16, 2)
+        self.count, self.features, self.decide = count, features, nn.Linear(width, 2)
         self.reset(start)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, channels, H, W)` features to `(B, 1)` logits."""
+        """`(B, ...)` to `(B, 1)` logits."""
         values = self.decide(self.features(x))
         logits: Tensor = values[:, 1:] - values[:, :1]
         return logits
@@ -191,6 +175,67 @@ class ExitGates(nn.Module):
     def shift(self, by: float) -> None:
         """Adds to the gate's logit, whatever the input."""
         self.decide.bias.add_(torch.tensor([-by / 2, by / 2]).to(self.decide.bias))
+
+
+class FeatureGate(ExitGate):
+    """The stronger gate of an exit, beside its classifier: two 3x3 convolutions, a 4x4 average pool, a linear layer.
+
+    Args:
+        channels: of the features it looks at.
+        count: number of gates, 1.
+        hidden: channels of both convolutions.
+        pool: side of the squares over which the features are averaged before; 1 as in the paper, where the
+            gate's MACs come near to those of the network it is to save.
+        start: bias of the logit: negative values leave the exit closed at first.
+
+    Source: Herrmann et al., S1.5.
+    """
+
+    def __init__(self, channels: int, count: int = 1, *, hidden: int = 128, pool: int = 1, start: float = -1.0) -> None:
+        features = nn.Sequential(
+            *([nn.AvgPool2d(pool)] if pool > 1 else []),
+            nn.Conv2d(channels, hidden, 3, padding=1),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 3, padding=1),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+        )
+        super().__init__(features, 16 * hidden, count, start)
+
+
+class AnswerGate(ExitGate):
+    """The gate of an exit that looks at its answer: how sure it is decides whether it is the last.
+
+    Args:
+        classes: of the answer.
+        count: number of gates, 1.
+        start: bias of the logit: negative values leave the exit closed at first.
+
+    Raises:
+        ConfigError: there is one class alone.
+
+    Source: multi-scale dense networks leave where they are sure enough (Huang et al., arXiv:1703.09844, section 4);
+        here what is enough is learned.
+    """
+
+    def __init__(self, classes: int, count: int = 1, *, start: float = -1.0) -> None:
+        if classes < 2:
+            raise ConfigError(f"how sure an answer is shows from 2 classes on, got {classes}")
+        super().__init__(nn.Sequential(Certainty(), nn.BatchNorm1d(3)), 3, count, start)
+
+
+class Certainty(nn.Module):
+    """How sure an answer is: its largest probability, how far that is ahead of the second, and the entropy in nats."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, classes)` logits to `(B, 3)`, without a gradient to them: to be sure is no aim of its own."""
+        logs = F.log_softmax(x.detach().float(), dim=1)
+        best = logs.exp().topk(2, dim=1).values
+        unsure = -(logs.exp() * logs).sum(dim=1, keepdim=True)
+        return torch.cat([best[:, :1], best[:, :1] - best[:, 1:], unsure], dim=1)
 
 
 class Policy(Protocol):

@@ -56,6 +56,8 @@ class Edge:
             number of gates (the edge's own unless fixed, and those of its channels), such as
             `ConditionalGates`; None for gates that do not look at the input.
         exit: what takes this edge ends here: it passes along no other edge that leaves `start`.
+        answers: of an exit with a gate: the gate looks at what the module makes of the start's value, and is built for
+            those channels; what comes to the exit is answered there, taken or not.
     """
 
     start: str
@@ -67,6 +69,7 @@ class Edge:
     steps: int | None = None
     gate: Callable[[int, int], nn.Module] | None = None
     exit: bool = False
+    answers: bool = False
 
 
 class SuperNetwork(Choices, nn.Module):
@@ -142,6 +145,10 @@ class SuperNetwork(Choices, nn.Module):
         self.shapes = self._shapes()
         self.fixed = tuple(edge.fixed for edge in edges)
         self.exits = tuple(place for place, edge in enumerate(edges) if edge.exit)
+        self.answers = frozenset(place for place, edge in enumerate(edges) if edge.answers)
+        for place in self.answers:
+            if place not in self.exits or edges[place].gate is None or isinstance(edges[place].module, GatedSequential):
+                raise GraphError(f"{self.edge_names[place]!r} must be an exit with a gate on it alone to answer first")
         self.visits = self._visits()
         self.sites = tuple(self._sites())
         conditional = [edge for edge in self.visits if edges[edge].gate is not None]
@@ -153,7 +160,7 @@ class SuperNetwork(Choices, nn.Module):
             if count == 0:
                 raise GraphError(f"{self.edge_names[edge]!r} has a gate that decides nothing: it has no choice")
             assert gate is not None
-            self.heads[str(edge)] = gate(self.shapes[self.graph.edges[edge][0]][0], count)
+            self.heads[str(edge)] = gate(self.shapes[self.graph.edges[edge][edge in self.answers]][0], count)
         self._named = {key: self._bits(key, keeps) for key, keeps in (architectures or {}).items()}
 
     def forward(self, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
@@ -284,19 +291,21 @@ class SuperNetwork(Choices, nn.Module):
         for edge in self.visits:
             start, end = self.graph.edges[edge]
             own, groups = whole[:, edge], self.groups_of(edge, whole)
+            module = self.modules_on_edges[edge]
+            answer = module(values[start]) if edge in self.answers else None
             if str(edge) in self.heads:
                 count = len(self.own_columns(edge))
-                logits = x.new_zeros(1, count) if policy.blind else self.heads[str(edge)](values[start])
+                seen = values[start] if answer is None else answer
+                logits = x.new_zeros(1, count) if policy.blind else self.heads[str(edge)](seen)
                 decided = spread(policy(logits, slice(position, position + count)), len(x))
                 position += count
                 pieces.append(decided)
                 own, groups = self._decided(edge, decided, own, groups)
             own = own * reached[start] * self._sites_alive(edge, groups.detach())
-            module = self.modules_on_edges[edge]
             if isinstance(module, GatedSequential):
                 value = module.masked(values[start], spread(groups, len(x)))
             else:
-                value = module(values[start])
+                value = module(values[start]) if answer is None else answer
             waiting[end] -= 1
             if edge in self.exits:
                 outputs.append(self.activations[end](value))

@@ -30,7 +30,7 @@ from budgetnet.errors import ConfigError
 from budgetnet.export import load
 from budgetnet.extraction import extract
 from budgetnet.gated import ChannelGate, GatedSequential
-from budgetnet.sites import ConditionalGates, ExitGates, Threshold
+from budgetnet.sites import AnswerGate, ConditionalGates, FeatureGate, Threshold
 
 CHANNELS, SIDE = 6, 6
 GATHER, NEVER = Limits(1.0, 0.0, 1.0, 0.0), Limits(0.0, 0.0, 0.0, 0.0)
@@ -138,15 +138,17 @@ def any_network(kind: str, seed: int, nodes: int = 5, extra: int = 3) -> SuperNe
     stretch(["x", *(f"a{place}" for place in range(1, nodes))])
     if kind == "exits":
         for place in range(random.choice([1, 2])):
-            way = random.choice([gate, lambda channels, count: ExitGates(channels, hidden=4), None])
+            ways = [gate, lambda channels, count: FeatureGate(channels, hidden=4), AnswerGate, None]
+            way = random.choice(ways if place else ways[:3])
             edges.append(
                 Edge(
                     start=last,
                     end="y",
                     module=classifier(),
                     name=f"exit{place}",
-                    gate=way if place else gate,
+                    gate=way,
                     exit=True,
+                    answers=way is AnswerGate,
                 )
             )
         stretch([last, *(f"b{place}" for place in range(1, nodes))])
@@ -290,6 +292,32 @@ def test_what_is_computed_is_what_the_cost_counts(batch: int):
         output, kept = plain.decide(x)
         torch.testing.assert_close(output, reference(network, x)[0], rtol=1e-4, atol=1e-5)
         assert macs_of(plain, x) == int(cost(network.used(kept)).sum())
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_what_an_exit_computes_to_answer_first_is_what_the_cost_counts(batch: int):
+    torch.manual_seed(0)
+    network = spaces.densenet_exits(depth=10, growth=4, image_size=8, exit_channels=4)
+    for head in network.heads.values():
+        nn.init.normal_(head.decide.weight)
+        head.reset(0.0)
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            part.momentum = None  # the mean of what it saw
+    reference(network, 3 * images(network, 64, 99))
+    network.eval()
+    plain, seen = conditional(network, None), set()
+    cost = edge_cost(network, module_macs, "MAC", heads=dict.fromkeys(network.exits, 3.0))
+    for seed in range(8):
+        x = 3 * images(network, batch, seed)
+        output, kept = plain.decide(x)
+        expected, decisions = reference(network, x)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
+        assert decided_alike(network, kept, decisions)
+        assert macs_of(plain, x) == int(cost(network.used(kept)).sum())
+        seen |= {tuple(row) for row in kept.tolist()}
+    assert len(seen) == 3 or batch == 1
 
 
 def test_rows_that_open_different_groups_share_weights_and_are_masked():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -20,7 +20,7 @@ from budgetnet.cli import main
 from budgetnet.costs import MACs, Params, Steps
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.extraction import count, extract
-from budgetnet.sites import ConditionalGates, ExitGates, Fixed
+from budgetnet.sites import AnswerGate, ConditionalGates, FeatureGate, Fixed
 from budgetnet.spaces import BY_NAME, densenet_exits, mobilenet_v2, resnet
 from budgetnet.weights import learned, load_torchvision
 
@@ -145,7 +145,7 @@ def test_a_densenet_without_its_exits(options: dict[str, Any], params: int, macs
 
 def test_cost_of_deciding_on_the_exits_of_a_densenet():
     """The numbers of docs/counting.md: `9 H W (C + 128) 128` and the linear layer."""
-    network = densenet_exits(depth=100)
+    network = densenet_exits(depth=100, exit_gates="features")
     heads = MACs().bind(network).per_head
     by_hand = [9 * side**2 * (channels + 128) * 128 + 16 * 128 * 2 for side, channels in ((32, 216), (16, 300))]
     assert [int(heads[edge]) for edge in network.exits] == by_hand == [405_803_008, 126_226_432]
@@ -520,29 +520,44 @@ def test_channels_of_a_densenet(options: dict[str, Any], channels: tuple[int, ..
 
 
 def test_gates_of_exits_that_look_at_less_take_fewer_macs():
+    looking = partial(densenet_exits, depth=10, exit_channels=4, exit_gates="features")
+
     def of_gates(pool: int) -> float:
-        spaces = [densenet_exits(depth=10, exit_channels=4, exit_pool=pool, conditional=each) for each in (True, False)]
+        spaces = [looking(exit_pool=pool, conditional=each) for each in (True, False)]
         with_gates, without = (MACs().bind(space)(space.used(space.architecture("full"))) for space in spaces)
         return float(with_gates - without)
 
     def convolutions(pool: int, channels: list[int]) -> int:
         return sum(9 * 4 * (c + 4) * (side // pool) ** 2 for c, side in zip(channels, (32, 16), strict=True))
 
-    space = densenet_exits(depth=10, exit_channels=4)
+    space = looking()
     channels = [space.shapes[space.graph.nodes.index(name)][0] for name in ("d0", "d1")]
     linear = 2 * 2 * 4 * 16
     assert of_gates(1) == convolutions(1, channels) + linear
     assert of_gates(4) == convolutions(4, channels) + linear
 
 
-def test_exits_of_a_densenet():
-    network = densenet_exits(depth=10, exit_channels=16, classes=7, image_size=(8, 16), in_channels=1)
+def test_an_exit_that_answers_first_costs_its_classifier_whether_it_is_taken_or_not():
+    network = densenet_exits(depth=10, exit_channels=4)
+    macs, bare = MACs().bind(network), MACs(gates=False).bind(network)
+    classifiers = [float(bare.per_edge[edge]) for edge in network.exits]
+    linear = 2 * 3
+    first, second, none = (network.used(row[None]) for row in network.ways())
+    for used, beside in ((first, 0.0), (second, classifiers[0]), (none, sum(classifiers))):
+        asked = 1 if used is first else 2
+        assert float(macs(used) - bare(used)) == beside + asked * linear
+
+
+@pytest.mark.parametrize(("gates", "kind"), [("features", FeatureGate), ("answer", AnswerGate)])
+def test_exits_of_a_densenet(gates: str, kind: type):
+    network = densenet_exits(depth=10, exit_channels=16, classes=7, image_size=(8, 16), in_channels=1, exit_gates=gates)
     assert [network.edge_names[edge] for edge in network.exits] == ["d0.exit", "d1.exit"]
     assert (network.gate_count, network.independent, len(network.heads)) == (2, 0, 2)
     for edge, head in network.heads.items():
         classifier = network.modules_on_edges[int(edge)]
-        assert isinstance(head, ExitGates)
-        assert head.decide.in_features == 16 * 16
+        assert type(head) is kind
+        assert head.decide.in_features == (16 * 16 if gates == "features" else 3)
+        assert (int(edge) in network.answers) is (gates == "answer")
         assert (classifier[0].out_channels, classifier[-1].in_features, classifier[-1].out_features) == (16, 16, 7)
     assert network.input_shape == (1, 8, 16)
     still = densenet_exits(depth=10, conditional=False)

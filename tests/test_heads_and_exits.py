@@ -18,7 +18,17 @@ from budgetnet.errors import ConfigError, GraphError
 from budgetnet.extraction import count, extract
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.selection import probable, trimmed
-from budgetnet.sites import AlwaysOn, ConditionalGates, ExitGates, Fixed, Gumbel, Sample, Threshold, log_prob
+from budgetnet.sites import (
+    AlwaysOn,
+    AnswerGate,
+    ConditionalGates,
+    FeatureGate,
+    Fixed,
+    Gumbel,
+    Sample,
+    Threshold,
+    log_prob,
+)
 from budgetnet.supernet import full
 
 SEEDS = st.integers(0, 2**16)
@@ -71,9 +81,12 @@ def blocks(seed: int = 0, **options) -> SuperNetwork:
     return stirred(SuperNetwork(edges, input_shape=SHAPE, nodes=[Node(name="b", activation=nn.ReLU())]), seed)
 
 
-def two_exits(seed: int = 0, *, conditional: bool = True, channels: bool = False) -> SuperNetwork:
+def two_exits(
+    seed: int = 0, *, conditional: bool = True, channels: bool = False, answers: bool = False
+) -> SuperNetwork:
     """An exit behind the stem and one behind a residual block, that has gates, before the last classifier."""
-    gates = {"gate": partial(ExitGates, hidden=4)} if conditional else {}
+    gates = {"gate": AnswerGate if answers else partial(FeatureGate, hidden=4), "answers": answers}
+    gates = gates if conditional else {}
     end = gated_classifier if channels else classifier
     block = {"gate": partial(ConditionalGates, hidden=4)} if conditional else {}
     edges = [
@@ -400,10 +413,10 @@ def test_pathwise_is_used_whatever_exits_are_taken(build):
         torch.testing.assert_close(model(used).detach(), model(network.used(kept.detach())))
 
 
-@pytest.mark.parametrize("conditional", [True, False])
-def test_the_gradient_of_a_cost_says_what_an_exit_spares(conditional: bool):
+@pytest.mark.parametrize("options", [{}, {"answers": True}, {"conditional": False}])
+def test_the_gradient_of_a_cost_says_what_an_exit_spares(options):
     """Taken or not: what is behind an exit pulls at its gate, with the gates there that would have to decide."""
-    network = two_exits(conditional=conditional)
+    network = two_exits(**options)
     exits = [gate_of(network, name) for name in ("exit1", "exit2")]
     for cost in (MACs(), MACs(gates=False)):
         model = cost.bind(network)
@@ -473,7 +486,10 @@ def test_the_full_network_takes_no_exit():
     assert budget.full == max(float(cost) for cost in budget.model(network.used(every(network.gate_count))))
 
 
-@pytest.mark.parametrize("build", [blocks, two_exits, partial(two_exits, conditional=False, channels=True)])
+@pytest.mark.parametrize(
+    "build",
+    [blocks, two_exits, partial(two_exits, answers=True), partial(two_exits, conditional=False, channels=True)],
+)
 @pytest.mark.parametrize("cost", [MACs(), MACs(gates=False)], ids=["gates count", "gates are free"])
 def test_the_cheapest_architecture_is_the_cheapest_of_all(build, cost):
     """Of a network with exits it takes the first; where gates cost, those on its way are paid for."""
@@ -545,6 +561,17 @@ def test_candidates_of_a_network_with_exits_take_one_where_the_budget_asks_for_i
                 Edge(start="b", end="y", module=nn.Identity()),
             ],
             "an exit must leave a node that every path passes, got 'a>y'",
+        ),
+        (
+            [
+                Edge(start="x", end="y", module=nn.Identity(), name="first", exit=True, answers=True),
+                Edge(start="x", end="y", module=nn.Identity(), fixed=True),
+            ],
+            "'first' must be an exit with a gate on it alone to answer first",
+        ),
+        (
+            [Edge(start="x", end="y", module=nn.Identity(), answers=True, gate=ConditionalGates)],
+            "'x>y' must be an exit with a gate on it alone to answer first",
         ),
     ],
 )

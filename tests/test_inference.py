@@ -38,6 +38,9 @@ def stirred(space, seed: int = 0) -> bn.SuperNetwork:
         torch.nn.init.normal_(head.decide.weight, std=1.0)
         head.reset(0.0)
     network.train()
+    for part in network.modules():
+        if isinstance(part, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            part.momentum = None  # the mean of what it saw
     for _ in range(3):
         network.masked(torch.randn(32, 1, 8, 8), Threshold())
     return network.eval()

@@ -14,8 +14,10 @@ from torch.distributions import Bernoulli
 from budgetnet.errors import ConfigError
 from budgetnet.sites import (
     AlwaysOn,
+    AnswerGate,
+    Certainty,
     ConditionalGates,
-    ExitGates,
+    FeatureGate,
     Fixed,
     Gates,
     Gumbel,
@@ -304,7 +306,7 @@ def test_each_conditional_gate_has_features_of_its_own_and_memory_shows_it_the_o
 
 def test_exit_gates_may_look_at_averages_of_squares():
     torch.manual_seed(0)
-    whole, pooled = ExitGates(3, hidden=4).eval(), ExitGates(3, hidden=4, pool=2).eval()
+    whole, pooled = FeatureGate(3, hidden=4).eval(), FeatureGate(3, hidden=4, pool=2).eval()
     with torch.no_grad():
         for ours, theirs in zip(pooled.parameters(), whole.parameters(), strict=True):
             ours.copy_(theirs)
@@ -314,9 +316,28 @@ def test_exit_gates_may_look_at_averages_of_squares():
     assert not torch.allclose(pooled(x), whole(x))
 
 
+def test_how_sure_an_answer_is():
+    x = torch.tensor([[math.log(3.0), 0.0, 0.0], [50.0, 0.0, 0.0], [1.0, 1.0, 1.0]], requires_grad=True)
+    seen = Certainty()(x)
+    entropy = -(0.6 * math.log(0.6) + 0.4 * math.log(0.2))
+    expected = torch.tensor([[0.6, 0.4, entropy], [1.0, 1.0, 0.0], [1 / 3, 0.0, math.log(3.0)]])
+    torch.testing.assert_close(seen, expected)
+    assert not seen.requires_grad, "to be sure is no aim of its own"
+
+
+def test_the_gate_of_an_answer_leaves_where_it_is_sure():
+    gate = AnswerGate(4, start=0.0).eval()
+    with torch.no_grad():
+        gate.decide.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, -1.0]]))
+    sure, unsure = gate(torch.tensor([[9.0, 0, 0, 0], [0.1, 0, 0, 0]])).flatten().tolist()
+    assert sure > 0 > unsure
+    with pytest.raises(ConfigError, match="how sure an answer is shows from 2 classes on, got 1"):
+        AnswerGate(1)
+
+
 def test_exit_gates_look_at_more_than_averages():
     torch.manual_seed(0)
-    gates = ExitGates(3, hidden=4, start=-1.0).eval()
+    gates = FeatureGate(3, hidden=4, start=-1.0).eval()
     x = torch.randn(5, 3, 8, 8)
     assert gates(x).shape == (5, 1)
     assert not torch.allclose(gates(x), gates(x.mean(dim=(2, 3), keepdim=True).expand_as(x)))
@@ -331,7 +352,7 @@ def test_exit_gates_look_at_more_than_averages():
         lambda: ConditionalGates(3, 4),
         lambda: ConditionalGates(3, 4, pairs=False),
         lambda: ConditionalGates(3, 4, memory=True),
-        lambda: ExitGates(3, hidden=4),
+        lambda: FeatureGate(3, hidden=4),
     ],
 )
 def test_gates_that_look_at_the_input_are_shifted_whatever_it_is(build):

@@ -72,6 +72,7 @@ class Branch(nn.Module):
         columns: of its decisions among all gates of the network.
         own: whether the first decision is on the edge as a whole; the others are on its channel groups.
         exit: what takes it ends here.
+        answers: the head looks at what the body makes of the start's value.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class Branch(nn.Module):
         *,
         own: bool,
         exit: bool,
+        answers: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.body, self.head, self.own, self.exit = name, body, head, own, exit
+        self.answers = answers
         self.start, self.end = ends
         self.columns = tuple(columns)
         self.limits: dict[int, Limits] = {}

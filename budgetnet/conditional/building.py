@@ -179,6 +179,7 @@ def branch_of(network: SuperNetwork, edge: int, units: Sequence[float], gates: S
         [columns[column] for column in is_open],
         own=own,
         exit=edge in network.exits,
+        answers=head is not None and edge in network.answers,
     )
 
 

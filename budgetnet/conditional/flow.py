@@ -111,6 +111,13 @@ class Flow:
             activation: of the output.
         """
         start = self._values[edge.start]
+        gone = self._answer(edge, start, activation) if edge.answers else self._take(edge, start, activation)
+        self._read(edge.start)
+        if gone:
+            self._go_on_with([row for row in range(self.batch) if row not in gone])
+
+    def _take(self, edge: Branch, start: Value, activation: nn.Module) -> set[int]:
+        """Answers for the rows that take an exit, and says which."""
         parts = self._parts(edge, start)
         for part in parts:
             rows = torch.tensor(part.rows, device=start.tensor.device)
@@ -118,10 +125,32 @@ class Flow:
             if part.whole and len(part.rows) < self.batch:
                 value = value.index_select(0, rows)
             self._write(activation(value), part.rows)
-        self._read(edge.start)
-        gone = {row for part in parts for row in part.rows}
-        if gone:
-            self._go_on_with([row for row in range(self.batch) if row not in gone])
+        return {row for part in parts for row in part.rows}
+
+    def _answer(self, edge: Branch, start: Value, activation: nn.Module) -> set[int]:
+        """Answers for all rows that come to an exit, and says which of them are content with that."""
+        came = [row for row in range(self.batch) if start.reached is None or start.reached[row]]
+        if not came:
+            return set()
+        value = start.tensor
+        if len(came) < self.batch:
+            value = take_rows(value, torch.tensor(came, device=value.device))
+        value, _ = edge.body.run(value, edge.body.full)
+        assert edge.head is not None
+        decided = edge.head(value)
+        self._note(edge, decided, came)
+        content = [place for place, (logit,) in enumerate(decided.tolist()) if logit > 0]
+        rows = [came[place] for place in content]
+        if rows:
+            chosen = value.index_select(0, torch.tensor(content, device=value.device))
+            self._write(activation(chosen), rows)
+        return set(rows)
+
+    def _note(self, edge: Branch, values: Tensor, rows: Sequence[int]) -> None:
+        """Notes the decisions `(n, gates)` of some rows, where somebody asks for them."""
+        if self._kept is not None:
+            places = torch.tensor(rows if self._places is None else [self._places[row] for row in rows])
+            self._kept[places[:, None], torch.tensor(edge.columns)] = (values > 0).to(self._kept)
 
     def finished(self, sink: int) -> Tensor:
         """The output of all examples, those that are left being at the sink."""
@@ -139,9 +168,7 @@ class Flow:
                 return []
             values = edge.head(start.tensor)
             decisions = values.tolist()
-            if self._kept is not None:
-                places = torch.tensor(range(self.batch) if self._places is None else self._places)
-                self._kept[places[:, None], torch.tensor(edge.columns)] = (values > 0).to(self._kept)
+            self._note(edge, values, range(self.batch))
         return edge.plan(edge.takers(decisions, start.reached, self.batch), self.batch)
 
     def _read(self, node: int) -> None:
@@ -291,7 +318,11 @@ def run_one(
                 total, _ = rectified(activation, total, owned)
             values[node] = total
         for edge in exits[node]:
-            if (start := values.get(node)) is not None and (how := edge.one(start)) is not None:
-                output: Tensor = activations[sink](edge.run(start, *how)[0])
+            if (start := values.get(node)) is None:
+                continue
+            answer = edge.run(start, edge.body.full)[0] if edge.answers else None
+            how = edge.one(start if answer is None else answer)
+            if how is not None:
+                output: Tensor = activations[sink](edge.run(start, *how)[0] if answer is None else answer)
                 return output
     return values[sink]

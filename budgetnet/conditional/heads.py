@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from budgetnet.conditional.bodies import fold_inside
-from budgetnet.sites import ConditionalGates, ExitGates
+from budgetnet.sites import ConditionalGates, ExitGate
 
 SMALL = 128
 """Hidden features up to which the last layer of a head is computed in Python for a single example."""
@@ -156,14 +156,14 @@ class RecallingHead(Head):
 
 
 class ExitHead(Head):
-    """What `ExitGates` compute, as one logit.
+    """What an `ExitGate` computes, as one logit.
 
     Args:
         gates: in evaluation mode.
         threshold: taken off the logit.
     """
 
-    def __init__(self, gates: ExitGates, threshold: float) -> None:
+    def __init__(self, gates: ExitGate, threshold: float) -> None:
         super().__init__()
         weight, bias = gates.decide.weight, gates.decide.bias
         self.features = fold_inside(gates.features)
@@ -217,7 +217,7 @@ def narrowed_head(head: nn.Module, columns: Sequence[int], count: int, tau: floa
         with torch.no_grad():
             last.bias.sub_(threshold)
         return pooled
-    if type(head) is ExitGates:
+    if isinstance(head, ExitGate):
         return ExitHead(head, threshold)
     return SelectedHead(fold_inside(head), None if len(columns) == count else columns, threshold)
 

@@ -6,7 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import count, product
 from pathlib import Path
@@ -228,7 +228,7 @@ class Writer:
         for edge in network.edges:
             body, start = edge.body, shapes[edge.start]
             if edge.head is not None:
-                places["head", edge.name, ()] = pieces.add(edge.head, start)
+                places["head", edge.name, ()] = pieces.add(edge.head, shapes[edge.end] if edge.answers else start)
             kind = "" if body.passes else kind_of(edge.body, self.branches, self.wide)
             for pattern in self._patterns(edge) if kind == "tree" else []:
                 frozen = Frozen(body.variant(pattern), body.channels)
@@ -265,16 +265,19 @@ class Writer:
                 known[node] = self._enter(scope, node, known)
             exits = self.network.exits[node]
             for number in range(exit if at == place else 0, len(exits)):
-                asked = self._asked(scope, exits[number], known[node])
-                leave = partial(self._leave, exits[number], known[node], asked)
+                edge, start = exits[number], known[node]
+                answer = self._added(scope, edge, start, Asked(None), None) if edge.answers else None
+                asked = self._asked(scope, edge, start if answer is None else replace(start, name=answer))
+                leave = partial(self._leave, edge, start, asked, answer)
                 if asked.condition is None:
                     return leave(scope)
                 stay = partial(self.go_on, place=at, exit=number + 1, known=known)
                 return scope.choose(asked.condition, leave, stay)
         return known[self.network.sink].name
 
-    def _leave(self, edge: Branch, start: Known, asked: Asked, scope: Scope) -> str:
-        return self._activated(scope, self.network.sink, self._added(scope, edge, start, asked, None))
+    def _leave(self, edge: Branch, start: Known, asked: Asked, answer: str | None, scope: Scope) -> str:
+        value = self._added(scope, edge, start, asked, None) if answer is None else answer
+        return self._activated(scope, self.network.sink, value)
 
     def _enter(self, scope: Scope, node: int, known: Mapping[int, Known]) -> Known:
         """Writes the value of a node: the edges that are always taken, then an `If` for each of the others."""

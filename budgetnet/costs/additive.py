@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from math import prod
@@ -84,6 +84,8 @@ class EdgeCost:
         channels: of the edges whose channels have gates, the cost in their place.
         per_head: for edges with gates that look at the input, what it costs to decide, paid where the
             edge's start is reached, and left by no exit before.
+        answers: of those, the exits that answer before they are decided on, and so cost as much where they are
+            not taken.
         exits: edges that are exits, those of one node in the order in which they are decided, and for each
             the edges behind it.
     """
@@ -95,6 +97,7 @@ class EdgeCost:
     unit: str
     channels: Mapping[int, EdgeInside] = field(default_factory=dict)
     per_head: Mapping[int, float] = field(default_factory=dict)
+    answers: Collection[int] = ()
     exits: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def __call__(self, used: Tensor) -> Tensor:
@@ -117,6 +120,9 @@ class EdgeCost:
             for exit in self._exits_before(edge):
                 asked = both(asked, opposite(columns[exit])) if columns.dtype == torch.bool else asked - columns[exit]
             cost = cost + head * asked
+            if edge in self.answers:
+                passed = both(asked, opposite(columns[edge])) if columns.dtype == torch.bool else asked - columns[edge]
+                cost = cost + float(self.per_edge[edge]) * passed
         return cost
 
     def _alive(self, columns: Tensor, node: int) -> Tensor:
@@ -173,7 +179,7 @@ class EdgeCost:
         for edge, (start, _) in enumerate(self.graph.edges):
             for other, head in self.per_head.items():
                 if other != edge and self.graph.edges[other][0] == start and edge not in self._exits_before(other):
-                    costs[edge] += head
+                    costs[edge] += head + (float(self.per_edge[other]) if other in self.answers else 0.0)
         return costs
 
 
@@ -218,7 +224,7 @@ class MACs:
 
     @staticmethod
     def _head(network: SuperNetwork, edge: int) -> float:
-        shape = network.shapes[network.graph.edges[edge][0]]
+        shape = network.shapes[network.graph.edges[edge][edge in network.answers]]
         # the papers count the average pool too: height x width x channels (S1.4)
         pooled = prod(shape) if isinstance(network.heads[str(edge)], ConditionalGates) else 0
         return float(module_macs(network.heads[str(edge)], shape) + pooled)
@@ -273,6 +279,7 @@ def edge_cost(
             if isinstance(module, GatedSequential) and module.sites
         },
         heads or {},
+        network.answers if heads else (),
         network.behind,
     )
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from budgetnet.blocks import conv_layers, dense_block, exit_classifier, pooled_classifier, transition
 from budgetnet.errors import ConfigError
-from budgetnet.sites import ExitGates
+from budgetnet.sites import AnswerGate, FeatureGate
 from budgetnet.spaces.checks import Size, at_least, image_shape, one_of
 from budgetnet.supernet import Edge, Node, SuperNetwork
 
@@ -28,6 +28,7 @@ def densenet_exits(
     exit_channels: int = 128,
     exit_pool: int = 1,
     conditional: bool = True,
+    exit_gates: str = "answer",
     task: str = "classification",
 ) -> SuperNetwork:
     """A DenseNet for CIFAR with two early exits.
@@ -48,6 +49,8 @@ def densenet_exits(
             side; 1 as in the paper, where the gates take more MACs than a small network saves by them.
         conditional: the exits' gates look at each example; False for gates that do not, of which one exit
             or none remains.
+        exit_gates: what those that do look at: "answer", how sure the exit's classifier is, which answers first; or
+            "features", two convolutions beside it, as in the paper.
         task: "classification".
 
     Raises:
@@ -63,6 +66,9 @@ def densenet_exits(
     if 2 * exit_pool > min(shape[1:]):
         raise ConfigError(f"exit_pool must be at most half of the image's side {min(shape[1:])}, got {exit_pool}")
     one_of("task", task, ("classification",))
+    one_of("exit_gates", exit_gates, ("answer", "features"))
+    answers = conditional and exit_gates == "answer"
+    gate = AnswerGate if answers else partial(FeatureGate, hidden=exit_channels, pool=exit_pool)
     if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 0 < reduction <= 1:
         raise ConfigError(f"reduction must be a number in (0, 1], got {reduction!r}")
     step = BLOCKS * (2 if bottleneck else 1)
@@ -94,8 +100,9 @@ def densenet_exits(
                 module=exit_classifier(channels, classes, hidden=exit_channels),
                 name=f"{end}.exit",
                 kind="exit",
-                gate=partial(exit_gate, hidden=exit_channels, pool=exit_pool) if conditional else None,
+                gate=gate if conditional else None,
                 exit=True,
+                answers=answers,
             ),
             Edge(
                 start=end,
@@ -118,9 +125,3 @@ def densenet_exits(
         options=options,
         architectures={"exit1": ["d0.exit"], "exit2": ["d1.exit"]},
     )
-
-
-def exit_gate(channels: int, count: int, *, hidden: int, pool: int) -> nn.Module:
-    """What decides on an exit, its one gate."""
-    assert count == 1
-    return ExitGates(channels, hidden=hidden, pool=pool)
