@@ -161,6 +161,7 @@ BUDGETS = [
 ]
 SPACES = [
     Wrong("a space that does not exist", search("--space vgg")),
+    Wrong("gates of exits that do not exist", f"{FEW} --space densenet_exits --space.exit_gates all"),
     Wrong("`--space` without a name", search("--space")),
     Wrong("an option the space does not have", search("--space.layers 3")),
     Wrong("a space of no width", search("--space.width 0")),
