@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from budgetnet.budgets import Budget, check_reachable
+from budgetnet.conditional import conditional
 from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel, Examples
-from budgetnet.delivery import entry
+from budgetnet.delivery import entry, reached
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.evaluation import recalibrate
 from budgetnet.extraction import extract
+from budgetnet.inference import Observed, expected_costs, settled_threshold
 from budgetnet.objectives import MOVING
+from budgetnet.optimizers import weight_groups
 from budgetnet.options import SearchOptions
 from budgetnet.report.records import Record
 from budgetnet.selection import check_together, measured_to_fit
-from budgetnet.sites import Policy
+from budgetnet.sites import Policy, Threshold
 from budgetnet.steering import Steering, Sums, check_steerable, seeded
 from budgetnet.supernet import SuperNetwork
 
@@ -33,7 +36,7 @@ CORRECTIONS = 10
 class Controller:
     """Learns the gates of a network whose weights are learned in a loop of one's own.
 
-    A step of that loop, with an optimiser of `weights()`:
+    A step of that loop, with an optimiser of `weights()`, or of `groups(learning_rate)` where gates look at the input:
 
         output, kept = network(x, controller.policy(len(x)))
         loss = controller.loss(losses_of_the_examples, kept)
@@ -41,7 +44,8 @@ class Controller:
         optimizer.step()
         controller.step()
 
-    Once `phase` is "choose", `choose` comes before the next step; the steps behind it train what was chosen.
+    Once `phase` is "choose", `choose` comes before the next step; the steps behind it train what was chosen. Gates that
+    look at the input are searched to the end, and `settle` comes then.
 
     Args:
         network: its gates are learned in place, wherever it is moved.
@@ -49,16 +53,19 @@ class Controller:
         options: of the gates, prices and phases; None for the defaults. What they count in epochs is counted in
             steps here; those of data, of the weights' optimiser, of devices and of distillation are the loop's own.
         total_steps: of the loop.
-        examples: batches `(b, C, H, W)` to measure costs on that read examples.
+        examples: batches `(b, C, H, W)`, on the network's device, to see costs on that depend on them: of gates that
+            look at the input, and your own.
 
     Attributes:
         limits: what `check_reachable` says of each budget.
         costs: of each budget the mean cost of the architectures that were sampled last, by its name.
-        outcomes: of each budget what the chosen architecture costs, as in result.json; empty before there is one.
+        outcomes: of each budget what the chosen architecture costs, or what gates that look at the input are expected
+            to, as in result.json; empty before that is known.
+        tau: the probability above which gates that look at the input are open; None before `settle`.
         steps: that are over.
 
     Raises:
-        ConfigError: an option cannot be kept by a loop of one's own, or gates look at the input.
+        ConfigError: an option cannot be kept by a loop of one's own, or gates that look at the input get no examples.
         FileError: the file of a cost holds something else.
         UnreachableBudget: no architecture keeps the budgets.
     """
@@ -72,8 +79,10 @@ class Controller:
         total_steps: int,
         examples: Examples | None = None,
     ) -> None:
-        if network.heads:
-            raise ConfigError(f"a controller learns gates that do not look at the input, and {network.name} has others")
+        if network.heads and examples is None:
+            raise ConfigError(
+                f"gates that look at the input need examples to see what they cost on, got none for {network.name}"
+            )
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(f"total_steps must be a whole number >= 1, got {total_steps!r}")
         if not budgets:
@@ -88,7 +97,7 @@ class Controller:
             if isinstance(budget.cost, Latency) and budget.cost.table:
                 budget.cost.kept_in(Path())  # which refuses a file that could not be written
         options = replace(options, epochs=total_steps).resolved(
-            gated=bool(network.sites), drawn=any(budget.drawn for budget in asked)
+            conditional=bool(network.heads), gated=bool(network.sites), drawn=any(budget.drawn for budget in asked)
         )
         assert options.gate_start is not None
         network.gates.reset(options.gate_start)
@@ -100,14 +109,18 @@ class Controller:
         self.steps = self._asked = 0
         self.outcomes: list[dict[str, Any]] = []
         self.costs: dict[str, float] = {}
+        self.tau: float | None = None
+        self._seen = examples
         self._examples: int | None = None  # of the batch whose loss is to come
         self._lost = False  # whether a loss was given since the last step
 
     @property
     def phase(self) -> str:
-        """What the next step is for: "warmup", "search" or "finetune"; "choose" where an architecture is due before."""
+        """What the next step is for: "warmup", "search" or "finetune"; "choose" or "settle" where that is due first."""
         phase = self.steering.options.phase(self.steps)
-        return "choose" if phase == "finetune" and self.steering.chosen is None else phase
+        if phase != "finetune" or self.steering.chosen is not None:
+            return phase
+        return "settle" if self.steering.network.heads else "choose"
 
     @property
     def chosen(self) -> Tensor | None:
@@ -128,6 +141,12 @@ class Controller:
         """What the loop's own optimiser learns: all parameters but the gates'."""
         return [value for name, value in self.steering.network.named_parameters() if not name.startswith("gates.")]
 
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """`weights()` in groups for an optimiser: what decides gates by the input has a rate and decay of its own."""
+        groups = weight_groups(self.steering.network, self.steering.gate_decay)
+        rates = [learning_rate * group.pop("share", 1.0) for group in groups]
+        return [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)]
+
     def policy(self, examples: int) -> Policy:
         """Who decides the gates for a batch of so many examples.
 
@@ -135,11 +154,14 @@ class Controller:
             ConfigError: an architecture has to be chosen first.
         """
         phase, steering = self.phase, self.steering
-        if phase == "choose":
-            raise ConfigError(f"the search is over at step {self.steps}: choose comes before the next policy")
+        if phase in ("choose", "settle"):
+            raise ConfigError(f"the search is over at step {self.steps}: {phase} comes before the next policy")
         if phase == "search" and not steering.starts:
             steering.begin_search()
         generator = seeded(steering.network.gates.values.device, steering.options.seed, self._asked)
+        noisy = steering.options.noisy
+        if phase == "search" and steering.network.heads and noisy(self._begun - 1) and not noisy(self._begun):
+            steering.end_noise(self._batches(), generator)
         self._asked, self._examples = self._asked + 1, examples
         return steering.policy(phase, examples, generator, self._begun)
 
@@ -187,7 +209,8 @@ class Controller:
         if not self._lost:
             raise ConfigError("step comes after loss, got no loss since the last step")
         if self.phase == "search":
-            if self.steering.network.gates.values.grad is None:
+            network = self.steering.network
+            if all(value.grad is None for site in (network.gates, network.heads) for value in site.parameters()):
                 raise ConfigError("step comes after loss.backward(), got gates without a gradient")
             self.steering.step_gates()
             searched, every = self.steps + 1 - self.steering.options.warmup_epochs, self._search_steps / CORRECTIONS
@@ -213,6 +236,8 @@ class Controller:
         """
         steering, options = self.steering, self.steering.options
         network, training = steering.network, steering.network.training
+        if network.heads:
+            raise ConfigError("gates that look at the input leave nothing to choose: settle comes after the search")
         if self.phase != "choose":
             over = options.epochs - options.finetune_epochs
             what = "an architecture is chosen once" if steering.chosen is not None else "choose comes after the search"
@@ -229,14 +254,50 @@ class Controller:
         network.train(training)
         return steering.chosen
 
-    def network(self) -> fx.GraphModule:
-        """The plain network of the architecture that was chosen, as its weights are now, in evaluation mode.
+    def settle(self, batches: Sequence[tuple[Tensor, Any]] = ()) -> float:
+        """Finds the threshold nearest to 1/2 at which gates that look at the input keep the budgets on the examples.
+
+        Args:
+            batches: of training data, `(x, y)`, on the network's device: they set the batch norms. None: nothing does.
+
+        Returns:
+            `tau`.
 
         Raises:
-            ConfigError: none was chosen yet.
+            ConfigError: the search is not over, or no gate looks at the input.
+            UnreachableBudget: no threshold keeps the budgets.
         """
+        network, budgets, training = self.steering.network, self.steering.budgets, self.steering.network.training
+        if self.phase != "settle":
+            raise ConfigError(f"settle comes after a search of gates that look at the input, got {self.phase}")
+        models = {budget.name: budget.model for budget in budgets}
+
+        def look(tau: float) -> Observed:
+            network.eval()
+            return Observed({}, expected_costs(network, Threshold(tau), self._batches(), models), [])
+
+        def set_norms(tau: float) -> None:
+            if batches:
+                recalibrate(network, lambda x: network.masked(x, Threshold(tau))[0], batches)
+
+        self.tau, seen = settled_threshold(budgets, look, set_norms)
+        self.outcomes = [reached(budget, seen.costs[budget.name]) for budget in budgets]
+        network.train(training)
+        return self.tau
+
+    def network(self) -> nn.Module:
+        """The plain network of the architecture that was chosen, as its weights are now, in evaluation mode.
+
+        Of gates that look at the input the network that skips what they close.
+
+        Raises:
+            ConfigError: there is none yet.
+        """
+        if self.tau is not None:
+            return conditional(self.steering.network, None, tau=self.tau)
         if self.steering.chosen is None:
-            raise ConfigError(f"network comes after choose, got step {self.steps} of the {self.phase}")
+            due = "settle" if self.steering.network.heads else "choose"
+            raise ConfigError(f"network comes after {due}, got step {self.steps} of the {self.phase}")
         return extract(self.steering.network, self.steering.chosen).eval()
 
     def state_dict(self) -> dict[str, Any]:
@@ -244,7 +305,13 @@ class Controller:
         tensors, state = self.steering.state()
         tensors = {name: value.detach().clone() for name, value in tensors.items()}
         limits = [{"limit": budget.limit, "full": budget.full} for budget in self.steering.budgets]
-        own = {"steps": self.steps, "asked": self._asked, "limits": limits, "outcomes": self.outcomes}
+        own = {
+            "steps": self.steps,
+            "asked": self._asked,
+            "limits": limits,
+            "outcomes": self.outcomes,
+            "tau": self.tau,
+        }
         return {**own, **state, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -260,12 +327,19 @@ class Controller:
         limits = [(each.number("limit"), each.number("full")) for each in record.records("limits")]
         if len(limits) != len(self.steering.budgets):
             raise FileError(f"{record.file} must have {len(self.steering.budgets)} limits, got {len(limits)}")
-        outcomes = [dict(each.values) for each in record.records("outcomes")]
+        outcomes, tau = [dict(each.values) for each in record.records("outcomes")], record.maybe_share("tau")
         self.steering.load_state({name: value.cpu() for name, value in tensors.items()}, state)
         pairs = zip(self.steering.budgets, limits, strict=True)  # what was measured may be something else by now
         self.steering.budgets = tuple(replace(budget, limit=limit, full=full) for budget, (limit, full) in pairs)
-        self.outcomes = outcomes
+        self.outcomes, self.tau = outcomes, tau
         self.steps, self._asked, self._examples, self._lost = steps, asked, None, False
+
+    def _batches(self) -> list[Tensor]:
+        """The examples."""
+        assert self._seen is not None
+        if not (found := list(self._seen())):
+            raise ConfigError("examples must give at least one batch, got none")
+        return found
 
     @torch.no_grad()
     def _judged(

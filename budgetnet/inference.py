@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,6 +128,24 @@ def observe(
     quality = evaluate(predict, examples, classes=classes, ignore=ignore)
     costs = {name: total / seen for name, total in totals.items()}
     return Observed(quality, costs, (opened / (seen * max(runs, 1))).tolist())
+
+
+@torch.no_grad()
+def expected_costs(
+    network: SuperNetwork,
+    policy: Policy,
+    examples: Iterable[Tensor],
+    models: Mapping[str, CostModel],
+    forward: Forward = SuperNetwork.forward,
+) -> dict[str, float]:
+    """Mean cost of an example by name, where a policy decides the gates; of batches `(B, C, H, W)`, at least one."""
+    totals, seen = dict.fromkeys(models, 0.0), 0
+    for x in examples:
+        used = network.used(forward(network, x, policy)[1])
+        for name, model in models.items():
+            totals[name] += float(model(used).mean()) * len(x)
+        seen += len(x)
+    return {name: total / seen for name, total in totals.items()}
 
 
 def fitting_threshold(

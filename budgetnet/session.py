@@ -155,7 +155,7 @@ class Session:
             position, generator = self.position(step), seeded(self.learner.device, self.options.seed, step)
             if phase == "search" and self.network.heads and self.noise_ends(step):
                 seen = islice((one for one, _ in self.train.epoch(self.epoch)), self.options.recalibration)
-                self.learner.end_noise(seen, generator)
+                self.learner.end_noise(seen, generator, self.learner.forward)
             self.learner.step(
                 x,
                 y,

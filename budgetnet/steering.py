@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from budgetnet.budgets import BoundBudget
 from budgetnet.costs.drawn import DrawnModel
 from budgetnet.costs.measured import LearningModel
 from budgetnet.errors import ConfigError, FileError
+from budgetnet.inference import Forward, expected_costs, matching_threshold
 from budgetnet.objectives import (
     MOVING,
     MovingTarget,
@@ -219,6 +221,31 @@ class Steering:
         sums.connected += float(network.connects(used.detach()).sum())
         sums.costs = [a + float(b.detach().sum()) for a, b in zip(sums.costs or [0.0] * len(costs), costs, strict=True)]
         return direct
+
+    @torch.no_grad()
+    def end_noise(
+        self, batches: Iterable[Tensor], generator: torch.Generator, forward: Forward = SuperNetwork.forward
+    ) -> None:
+        """Moves gates that look at the input, all by the same, so that without noise they cost what they cost with it.
+
+        Where most probabilities are near 1/2 still, all such gates would close, or open, at once.
+
+        Args:
+            batches: `(B, C, H, W)` examples to see it on.
+            generator: draws the gates.
+            forward: runs the network.
+        """
+        network, examples = copy.deepcopy(self.network), list(batches)  # whose batch norms may move
+        models = {budget.name: budget.model for budget in self.budgets}
+
+        def cost(policy: Policy) -> float:
+            seen = expected_costs(network, policy, examples, models, forward)
+            return max(seen[budget.name] / budget.limit for budget in self.budgets)
+
+        logit = matching_threshold(cost, Sample(len(examples[0]), generator))
+        for site in (self.network.gates, *self.network.heads.values()):
+            if move := getattr(site, "shift", None):
+                move(-logit)
 
     def step_gates(self) -> None:
         """Moves the gates by their gradient."""

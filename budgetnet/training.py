@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from budgetnet.budgets import BoundBudget
 from budgetnet.errors import DivergenceError
 from budgetnet.gated import memory_format
-from budgetnet.inference import matching_threshold
 from budgetnet.objectives import distillation, example_losses
-from budgetnet.optimizers import load_optimizer, optimizer_state
+from budgetnet.optimizers import layer_weights, load_optimizer, optimizer_state, weight_groups
 from budgetnet.options import SearchOptions
 from budgetnet.runs import load_tensors
-from budgetnet.sites import AlwaysOn, Policy, Sample
+from budgetnet.sites import AlwaysOn, Policy
 from budgetnet.steering import Steering, Sums
 from budgetnet.supernet import SuperNetwork
 
@@ -46,18 +45,10 @@ class Learner(Steering):
         self.layout = memory_format(network)
         network.to(device=device, memory_format=self.layout)  # type: ignore[call-overload]
         super().__init__(network, budgets, options)
-        options, decay = self.options, self.gate_decay
+        options = self.options
         self.ignore, self.device, self.dtype = ignore, device, dtype
-        groups: list[dict[str, Any]] = [{"params": _weights(network)}]
-        for head in network.heads.values():
-            # a logit that sums n features moves n times as fast as one of its own: its weights learn 1 / n as fast
-            last = [value for name, value in head.named_parameters() if name == "decide.weight"]
-            rest = [value for name, value in head.named_parameters() if name != "decide.weight"]
-            groups.append({"params": rest, "weight_decay": decay, "share": 1.0})
-            if last:
-                groups.append({"params": last, "weight_decay": decay, "share": 1 / last[0][0].numel()})
         self.optimizer = torch.optim.SGD(
-            groups,
+            weight_groups(network, self.gate_decay),
             lr=options.learning_rate,
             momentum=options.momentum,
             nesterov=options.momentum > 0,
@@ -158,28 +149,6 @@ class Learner(Steering):
         apart = distillation(output.float(), full.float(), self.options.distillation_temperature)
         return beside + self.options.distillation * apart.mean()
 
-    @torch.no_grad()
-    def end_noise(self, batches: Iterable[Tensor], generator: torch.Generator) -> None:
-        """Moves gates that look at the input, all by the same, so that without noise they cost what they cost with it.
-
-        Where most probabilities are near 1/2 still, all such gates would close, or open, at once.
-
-        Args:
-            batches: `(B, C, H, W)` examples to see it on.
-            generator: draws the gates.
-        """
-        network, examples = copy.deepcopy(self.network), list(batches)  # whose batch norms may move
-
-        def cost(policy: Policy) -> float:
-            used = [network.used(self.forward(network, x, policy)[1]) for x in examples]
-            costs = [torch.cat([budget.model(each) for each in used]).mean() for budget in self.budgets]
-            return max(float(cost) / budget.limit for cost, budget in zip(costs, self.budgets, strict=True))
-
-        logit = matching_threshold(cost, Sample(len(examples[0]), generator))
-        for site in (self.network.gates, *self.network.heads.values()):
-            if move := getattr(site, "shift", None):
-                move(-logit)
-
     def choose(self, kept: Tensor) -> None:
         """Goes on with one architecture, `(1, G)`, and with a copy of the full network beside it where that teaches."""
         self.chosen = kept
@@ -189,7 +158,7 @@ class Learner(Steering):
     def _learning_copy(self) -> SuperNetwork:
         """A copy that the optimiser learns on as the full network, with the momentum that its weights have."""
         teacher = copy.deepcopy(self.network).train()
-        own, copies = self.optimizer.param_groups[0]["params"], _weights(teacher)
+        own, copies = self.optimizer.param_groups[0]["params"], layer_weights(teacher)
         self.optimizer.add_param_group({"params": copies})
         for mine, theirs in zip(own, copies, strict=True):
             if mine in self.optimizer.state:
@@ -232,8 +201,3 @@ class Learner(Steering):
             self.teacher = self._learning_copy()
             load_tensors({f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}, teacher)
         load_optimizer(self.optimizer, "optimizer.weights", weights)
-
-
-def _weights(network: SuperNetwork) -> list[nn.Parameter]:
-    """All that learns but what decides the gates."""
-    return [value for name, value in network.named_parameters() if not name.startswith(("gates.", "heads."))]

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import budgetnet as bn
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
+from budgetnet.sites import Threshold
 from budgetnet.steering import Sums, seeded
 from budgetnet.training import Learner
 
@@ -30,6 +31,21 @@ def fabric() -> bn.SuperNetwork:
 def gated() -> bn.SuperNetwork:
     torch.manual_seed(0)
     return bn.spaces.resnet(depth=8, channels=4, in_channels=1, image_size=8, gates="both", granularity=2)
+
+
+def looking() -> bn.SuperNetwork:
+    torch.manual_seed(0)
+    return bn.spaces.resnet(depth=8, channels=4, in_channels=1, image_size=8, gates="layers", conditional=True)
+
+
+def seen() -> list[Tensor]:
+    return [batch(seed)[0] for seed in (50, 51)]
+
+
+def looks(total_steps: int = 10, **options: object) -> bn.Controller:
+    """Of gates that look at the input: 2 of ten steps to warm up, 4 with noise, 4 without."""
+    given = bn.SearchOptions(**{"warmup": 0.2, "noiseless": 0.5, **options})
+    return bn.Controller(looking(), ["macs<=60%"], given, total_steps=total_steps, examples=seen)
 
 
 def controller(space: Callable[[], bn.SuperNetwork] = fabric, *budgets: object, **given: object) -> bn.Controller:
@@ -107,6 +123,77 @@ def test_a_loop_of_ones_own_ends_in_the_engines_weights_and_gates(space, estimat
         assert [price.value for price in one.steering.prices] == [price.value for price in other.prices]
     assert one.phase == "choose"
     assert max(price.value for price in one.steering.prices) > 0
+
+
+def sgd_of_groups(one: bn.Controller) -> torch.optim.Optimizer:
+    return torch.optim.SGD(one.groups(0.1), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def test_gates_that_look_at_the_input_end_in_the_engines_weights_too():
+    """Bit for bit, also where their noise ends and all are moved together."""
+    one = looks()
+    optimizer, network = sgd_of_groups(one), looking()
+    assert len(optimizer.param_groups[0]["params"]) < len(one.weights())
+    bound = [bn.Budget.parse("macs<=60%").bind(network)]
+    options = bn.SearchOptions(epochs=10, precision="float32", warmup=0.2, noiseless=0.5)
+    other = Learner(network, bound, options, ignore=None, device=torch.device("cpu"), dtype=torch.float32)
+    network.gates.reset(other.options.gate_start)
+    moved = []
+    for epoch in range(10):
+        phase, drawn = other.options.phase(epoch), seeded(other.device, 0, epoch)
+        assert one.phase == phase
+        step(one, optimizer, epoch)
+        if phase == "search" and not other.starts:
+            other.begin_search()
+        if phase == "search" and other.options.noisy(epoch - 3) and not other.options.noisy(epoch - 2):
+            before = network.probabilities()
+            other.end_noise(seen(), drawn)
+            moved.append(not torch.equal(before, network.probabilities()))
+        progress = other.options.search_progress(epoch)
+        other.step(
+            *batch(epoch), phase, rate=0.1, sums=Sums(), generator=drawn, progress=progress, epochs=float(epoch - 2)
+        )
+        states = one.steering.network.state_dict(), network.state_dict()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), epoch
+    assert moved == [True]
+
+
+def test_gates_that_look_at_the_input_are_settled_within_the_budget():
+    one = looks()
+    optimizer, network = sgd_of_groups(one), one.steering.network
+    while one.phase != "settle":
+        step(one, optimizer, one.steps)
+    for wrong in (lambda: one.policy(4), lambda: one.choose(small), one.network):
+        with pytest.raises(ConfigError, match="settle"):
+            wrong()
+    state = one.state_dict()
+    tau = one.settle([batch(60), batch(61)])
+    (outcome,) = one.outcomes
+    budget = one.steering.budgets[0]
+    costs = [budget.model(network.used(network.eval()(x, Threshold(tau))[1])).mean() for x in seen()]
+    assert outcome["met"]
+    assert outcome["value"] == pytest.approx(float(sum(costs)) / 2)
+    assert outcome["value"] <= budget.limit
+    plain, x = one.network(), batch(70)[0]
+    torch.testing.assert_close(plain(x), network(x, Threshold(tau))[0].detach(), rtol=1e-4, atol=1e-5)
+    again = looks()
+    again.load_state_dict(state)
+    assert (again.phase, again.tau) == ("settle", None)
+    again.load_state_dict(one.state_dict())
+    assert again.tau == tau
+
+
+def test_what_gates_that_look_at_the_input_need_is_one_line():
+    with pytest.raises(ConfigError, match="need examples to see what they cost on, got none for resnet"):
+        bn.Controller(looking(), ["macs<=50%"], total_steps=10)
+    with pytest.raises(ConfigError, match="settle comes after a search of gates that look at the input, got warmup"):
+        looks().settle()
+    with pytest.raises(ConfigError, match="settle comes after a search of gates that look at the input, got choose"):
+        finished().settle()
+    one = bn.Controller(looking(), ["macs<=50%"], total_steps=1, examples=list)
+    one.steps = 1
+    with pytest.raises(ConfigError, match="examples must give at least one batch, got none"):
+        one.settle()
 
 
 def test_the_gradients_are_those_of_the_engine_on_the_same_batch():
@@ -434,9 +521,6 @@ def test_a_controller_of_nothing_or_of_what_cannot_be_is_one_line():
         bn.Controller(fabric(), ["macs<=50%", "macs<=40%"], total_steps=10)
     with pytest.raises(ConfigError, match=r"a table of times needs a folder to be in, got '/no/such/times\.json'"):
         bn.Controller(fabric(), ["latency[table=/no/such/times.json]<=50%"], total_steps=10)
-    conditional = bn.spaces.resnet(depth=8, channels=4, in_channels=1, image_size=8, gates="layers", conditional=True)
-    with pytest.raises(ConfigError, match="a controller learns gates that do not look at the input, and resnet has"):
-        bn.Controller(conditional, ["macs<=50%"], total_steps=10)
 
 
 @pytest.mark.parametrize(

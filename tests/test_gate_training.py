@@ -119,7 +119,7 @@ def test_gates_that_look_at_the_input_cost_without_noise_what_they_cost_with_it(
 @pytest.mark.parametrize(("noiseless", "times"), [(None, 1), (0.0, 0)])
 def test_noise_ends_once_in_a_search(noiseless, times, monkeypatch, tmp_path):
     ended = []
-    monkeypatch.setattr(Learner, "end_noise", lambda self, batches, generator: ended.append(len(list(batches))))
+    monkeypatch.setattr(Learner, "end_noise", lambda self, batches, *_: ended.append(len(list(batches))))
     digits = bn.data.load("digits").subset(256, seed=0)
     options = bn.SearchOptions(epochs=4, warmup=0.25, noiseless=noiseless, recalibration=2)
     bn.search(small_resnet(conditional=True), digits, ["macs<=90%"], options, out=tmp_path / "run")
