@@ -242,7 +242,7 @@ class Steering:
             seen = expected_costs(network, policy, examples, models, forward)
             return max(seen[budget.name] / budget.limit for budget in self.budgets)
 
-        logit = matching_threshold(cost, Sample(len(examples[0]), generator))
+        logit = matching_threshold(cost, Sample(min(map(len, examples)), generator))
         for site in (self.network.gates, *self.network.heads.values()):
             if move := getattr(site, "shift", None):
                 move(-logit)
