@@ -160,7 +160,7 @@ class SuperNetwork(Choices, nn.Module):
             if count == 0:
                 raise GraphError(f"{self.edge_names[edge]!r} has a gate that decides nothing: it has no choice")
             assert gate is not None
-            self.heads[str(edge)] = gate(self.shapes[self.graph.edges[edge][edge in self.answers]][0], count)
+            self.heads[str(edge)] = gate(self.gate_shape(edge)[0], count)
         self._named = {key: self._bits(key, keeps) for key, keeps in (architectures or {}).items()}
 
     def forward(self, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
@@ -186,6 +186,11 @@ class SuperNetwork(Choices, nn.Module):
         if kept.requires_grad:
             return self.masked(x, Fixed(kept))
         return self.run(x, self.used(kept)), kept
+
+    def gate_shape(self, edge: int) -> Shape:
+        """Shape of what a gate by the input looks at, of one example: what its edge takes, or gives where it answers."""
+        start, end = self.graph.edges[edge]
+        return self.shapes[end if edge in self.answers else start]
 
     def sampled(self, count: int, generator: torch.Generator) -> Tensor:
         """`(count, G)` architectures drawn from the gates as they stand, on the CPU.

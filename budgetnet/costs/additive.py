@@ -224,7 +224,7 @@ class MACs:
 
     @staticmethod
     def _head(network: SuperNetwork, edge: int) -> float:
-        shape = network.shapes[network.graph.edges[edge][edge in network.answers]]
+        shape = network.gate_shape(edge)
         # the papers count the average pool too: height x width x channels (S1.4)
         pooled = prod(shape) if isinstance(network.heads[str(edge)], ConditionalGates) else 0
         return float(module_macs(network.heads[str(edge)], shape) + pooled)
