@@ -222,3 +222,21 @@ def opposite(a: Tensor) -> Tensor:
 def either(a: Tensor, b: Tensor) -> Tensor:
     """Logical or of bits: on floats `a + b - ab`."""
     return a | b if a.dtype == torch.bool else a + b - a * b
+
+
+def positions(graph: Graph, given: Sequence[tuple[float, float] | None]) -> tuple[tuple[float, float], ...]:
+    """Where each node is drawn: as given, else at its depth, one row below the node drawn there before."""
+    depth = dict.fromkeys(range(len(given)), 0)
+    for node in graph.order:
+        for edge in graph.incoming[node]:
+            depth[node] = max(depth[node], depth[graph.edges[edge][0]] + 1)
+    rows: dict[int, int] = {}
+    places = []
+    for node, place in enumerate(given):
+        if place is None:
+            row = rows.setdefault(depth[node], 0)
+            rows[depth[node]] += 1
+            places.append((float(depth[node]), float(row)))
+        else:
+            places.append((float(place[0]), float(place[1])))
+    return tuple(places)

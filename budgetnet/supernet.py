@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from budgetnet.choices import Choices, Site
 from budgetnet.errors import ConfigError, GraphError
 from budgetnet.gated import GatedSequential
-from budgetnet.graph import Graph
+from budgetnet.graph import Graph, positions
 from budgetnet.rows import Rows, gated, spread
 from budgetnet.shapes import Shape, evaluating, output_shape
 from budgetnet.sites import AlwaysOn, Fixed, Gates, Policy
@@ -140,7 +140,7 @@ class SuperNetwork(Choices, nn.Module):
             int(len(self.graph.incoming[place]) > 1) if node.steps is None else node.steps
             for place, node in enumerate(known)
         )
-        self.positions = positions(self.graph, known)
+        self.positions = positions(self.graph, [node.position for node in known])
         self.input_shape = tuple(input_shape)
         self.shapes = self._shapes()
         self.fixed = tuple(edge.fixed for edge in edges)
@@ -188,7 +188,7 @@ class SuperNetwork(Choices, nn.Module):
         return self.run(x, self.used(kept)), kept
 
     def gate_shape(self, edge: int) -> Shape:
-        """Shape of what a gate by the input looks at, of one example: what its edge takes, or gives where it answers."""
+        """Shape of what a gate by the input looks at, of one example: what its edge takes, or gives if it answers."""
         start, end = self.graph.edges[edge]
         return self.shapes[end if edge in self.answers else start]
 
@@ -395,21 +395,3 @@ class SuperNetwork(Choices, nn.Module):
 def full(network: SuperNetwork) -> Fixed:
     """The policy of the whole super network."""
     return Fixed(network.architecture("full"))
-
-
-def positions(graph: Graph, nodes: Sequence[Node]) -> tuple[tuple[float, float], ...]:
-    """Where each node is drawn: as given, else at its depth, one row below the node drawn there before."""
-    depth = dict.fromkeys(range(len(nodes)), 0)
-    for node in graph.order:
-        for edge in graph.incoming[node]:
-            depth[node] = max(depth[node], depth[graph.edges[edge][0]] + 1)
-    rows: dict[int, int] = {}
-    places = []
-    for node, known in enumerate(nodes):
-        if known.position is None:
-            row = rows.setdefault(depth[node], 0)
-            rows[depth[node]] += 1
-            places.append((float(depth[node]), float(row)))
-        else:
-            places.append((float(known.position[0]), float(known.position[1])))
-    return tuple(places)
