@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=22)
     parser.add_argument("--growth", type=int, default=8)
     parser.add_argument("--exit-channels", type=int, default=16)
-    parser.add_argument("--exit-pool", type=int, default=4)
+    parser.add_argument("--exit-pool", type=int, default=2)
     parser.add_argument("--options", type=json.loads, default={}, help="options of the search, as JSON")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/early_exit"))

@@ -90,13 +90,16 @@ def transition(channels_in: int, channels_out: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(channels_in), nn.ReLU(), initialise(conv), nn.AvgPool2d(2))
 
 
-def exit_classifier(channels: int, classes: int, *, hidden: int = 128) -> nn.Module:
+def exit_classifier(channels: int, classes: int, *, hidden: int = 128, pool: int = 1) -> nn.Module:
     """An early classifier: two 3x3 convolutions of stride 2, a global average pool and a linear layer.
+
+    The features are averaged over squares of side `pool` before, where that is not 1.
 
     Source: Huang et al., *Multi-scale dense networks*, arXiv:1703.09844; Herrmann et al., S1.5. Differs: the
     pool is global, so that maps of any size can be classified; on 8x8 maps it is theirs.
     """
     convolutions = [
+        *([nn.AvgPool2d(pool)] if pool > 1 else []),
         *conv_layers(channels, hidden, stride=2, activation=nn.ReLU()),
         *conv_layers(hidden, hidden, stride=2, activation=nn.ReLU()),
     ]

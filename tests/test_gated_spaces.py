@@ -537,6 +537,17 @@ def test_gates_of_exits_that_look_at_less_take_fewer_macs():
     assert of_gates(4) == convolutions(4, channels) + linear
 
 
+def test_classifiers_of_exits_look_at_averages_of_squares():
+    torch.manual_seed(0)
+    whole, pooled = (exit_classifier(3, 5, hidden=4, pool=pool).eval() for pool in (1, 2))
+    pooled.load_state_dict({f"{int(key[0]) + 1}{key[1:]}": value for key, value in whole.state_dict().items()})
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(pooled(x), whole(x.unflatten(3, (8, 2)).mean(4).unflatten(2, (8, 2)).mean(3)))
+    macs = [MACs(gates=False).bind(densenet_exits(depth=10, exit_pool=pool)) for pool in (1, 2)]
+    edge = densenet_exits(depth=10).exits[0]
+    assert float(macs[1].per_edge[edge]) < 0.26 * float(macs[0].per_edge[edge])
+
+
 def test_an_exit_that_answers_first_costs_its_classifier_whether_it_is_taken_or_not():
     network = densenet_exits(depth=10, exit_channels=4)
     macs, bare = MACs().bind(network), MACs(gates=False).bind(network)

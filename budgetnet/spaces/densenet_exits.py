@@ -45,8 +45,8 @@ def densenet_exits(
         reduction: share of the channels that a transition keeps, in (0, 1]; DenseNet-BC has 0.5, DenseNet 1.
         bottleneck: a 1x1 convolution to `4 growth` channels before each 3x3 one.
         exit_channels: of the convolutions in the exits' classifiers and gates; the papers' 128.
-        exit_pool: side of the squares that an exit's gate averages its features over first, at most half of the image's
-            side; 1 as in the paper, where the gates take more MACs than a small network saves by them.
+        exit_pool: side of the squares that an exit's classifier and gate average their features over first, at most
+            half of the image's side; 1 as in the paper, where exits take more MACs than a small network saves.
         conditional: the exits' gates look at each example; False for gates that do not, of which one exit
             or none remains.
         exit_gates: what those that do look at: "answer", how sure the exit's classifier is, which answers first; or
@@ -97,7 +97,7 @@ def densenet_exits(
             Edge(
                 start=end,
                 end="y",
-                module=exit_classifier(channels, classes, hidden=exit_channels),
+                module=exit_classifier(channels, classes, hidden=exit_channels, pool=exit_pool),
                 name=f"{end}.exit",
                 kind="exit",
                 gate=gate if conditional else None,
