@@ -47,8 +47,9 @@ def test_exits_are_told_apart_in_the_result(exits):
     table = found.result["inference"]["exits"]
     assert [row["name"] for row in table] == ["d0.exit", "d1.exit", "end"]
     assert sum(row["share"] for row in table) == pytest.approx(1)
-    assert all(row["share"] > 0 for row in table)
-    mean = sum(row["share"] * row["accuracy_chosen"] for row in table)
+    used = [row for row in table if row["share"] > 0]
+    assert len(used) > 1
+    mean = sum(row["share"] * row["accuracy_chosen"] for row in used)
     assert mean == pytest.approx(found.result["test"]["accuracy"])
     x, y = images(digits.test)
     kept, ways = found.plain.decide(x)[1], found.supernet.ways()
@@ -59,7 +60,8 @@ def test_exits_are_told_apart_in_the_result(exits):
             right = (output.argmax(dim=1) == y).double()
             assert row["share"] == pytest.approx(float((taken == place).double().mean()))
             assert row["accuracy_all"] == pytest.approx(float(right.mean()))
-            assert row["accuracy_chosen"] == pytest.approx(float(right[taken == place].mean()))
+            own = right[taken == place]
+            assert row["accuracy_chosen"] == (pytest.approx(float(own.mean())) if len(own) else None)
 
 
 def test_a_network_with_exits_its_file_and_its_result_agree(exits):
