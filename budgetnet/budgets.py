@@ -126,8 +126,6 @@ class Budget:
         """What it means for this network."""
         model = self.cost.bind(network)
         limit = _limit(self._given, self.cost.unit)
-        if limit.percent and (beside := getattr(model, "beside_full", None)):
-            model = beside()
         known = getattr(model, "full", None)  # as it was measured
         full = float(model(network.used(network.architecture("full")))[0]) if known is None else float(known)
         number = limit.number / 100 * full if limit.percent else limit.number

@@ -299,28 +299,6 @@ def test_a_machine_that_wavers_widens_what_is_expected_again(monkeypatch):
 
 
 @pytest.mark.usefixtures("clocked")
-def test_a_limit_in_percent_is_of_the_full_network_beside_it(monkeypatch):
-    """Whatever the machine does meanwhile: costs, predictions and what is expected again stay as they are."""
-    space, before = SPACES["fabric"]().eval(), Assembler.times
-    kept, used = widely(space, 5, generator(2))[1:], space.used(widely(space, 9, generator(4)))
-    relative, absolute = (bn.Budget(Latency(), at_most=limit).bind(space).model for limit in ("50%", "2s"))
-    assert torch.equal(relative(used), absolute(used))
-    usual, predicted = relative.measure(kept), relative(used)
-    assert [one.value for one in usual] == pytest.approx([one.value for one in absolute.measure(kept)])
-    for speed in (0.7, 1.8, 1.8, 3.0):
-        monkeypatch.setattr(
-            Assembler, "times", lambda *given, by=speed: [Timing(one.calls * by, 0.0) for one in before(*given)]
-        )
-        for found, one in zip(relative.measure(kept), usual, strict=True):
-            assert (found.low, found.value, found.high) == pytest.approx((one.low, one.value, one.high))
-        relative.refit(kept)
-        absolute.refit(kept)
-        torch.testing.assert_close(relative(used), predicted)
-        assert [one.value for one in absolute.measure(kept)] == pytest.approx([speed * one.value for one in usual])
-    assert "slower" in relative.notes
-
-
-@pytest.mark.usefixtures("clocked")
 def test_a_network_takes_what_the_middle_one_of_three_that_were_built_does(monkeypatch):
     space = SPACES["fabric"]().eval()
     kept = widely(space, 2, generator())

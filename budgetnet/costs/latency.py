@@ -131,13 +131,12 @@ class LatencyModel:
     Attributes:
         error: median relative error of predictions for networks that they were not fitted to.
         notes: what was noticed about the machine.
-        relative: milliseconds are those in which the full network takes `full`: see `beside_full`.
     """
 
     unit = "ms"
 
     def __init__(self, network: SuperNetwork, cost: Latency) -> None:
-        self.network, self.cost, self.notes, self.relative = network, cost, dict[str, str](), False
+        self.network, self.cost, self.notes = network, cost, dict[str, str]()
         self.share, self.each_epoch = quantile_share(cost.quantile), EACH_EPOCH.get(cost.runtime, 4)
         self.assembler = cost.assembler(network)
         # modules by themselves are not compiled: that takes seconds each
@@ -158,16 +157,6 @@ class LatencyModel:
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units to `(B,)` float64 milliseconds, with a gradient where `used` has one."""
         return self.base + self.times(used)
-
-    def beside_full(self) -> LatencyModel:
-        """The same for a limit in percent: the full network is measured beside the others, each time.
-
-        What slows the machine down slows both, and how the full network's weights came to lie in memory when the limit
-        was set does not matter.
-        """
-        self.relative = True
-        self._fit()
-        return self
 
     @property
     def full(self) -> float:
@@ -243,18 +232,10 @@ class LatencyModel:
         """What networks take, and how slow the machine was meanwhile.
 
         Between which milliseconds they are expected again takes in how fast the machine mostly was, and its waver.
-        Beside the full network neither counts: all are what they are when it takes as long as it did.
         """
-        builds = BUILDS.get(self.cost.runtime, 3) if self.relative else 0
-        full = self.network.architecture("full").repeat(builds, 1)
-        ways = [self.assembler.whole(row[None]) for row in torch.cat([kept, full])]
+        ways = [self.assembler.whole(row[None]) for row in kept]
         *timings, yard = self.assembler.times([*ways, self.assembler.yardstick()], calls)
         speed = self._look_at(yard.quantile(0.5), float(np.mean([timing.disturbed for timing in timings])))
-        if self.relative:
-            timings, beside = timings[:-builds], sorted(timing.quantile(self.share) for timing in timings[-builds:])
-            scale = self.full / beside[builds // 2]
-            values = [[timing.quantile(self.share), *timing.interval(self.share)] for timing in timings]
-            return [Measured(*(scale * value for value in own)) for own in values], 1.0
         fast, slow = np.clip(np.quantile(self.speeds, (0.1, 0.9)) / self.speed, 1 - WAVER, 1 + WAVER).tolist()
         fast, slow = fast * min(1.0, self.speed / speed), slow * max(1.0, self.speed / speed)
         intervals = [timing.interval(self.share) for timing in timings]
@@ -342,7 +323,7 @@ class LatencyModel:
 
     def _fit(self) -> None:
         """Weighs the kinds by the whole networks that were measured."""
-        names, self.fitted_at = list(self.parts), 1.0 if self.relative else self.speed
+        names, self.fitted_at = list(self.parts), self.speed
         parts = np.array([[whole.parts[name] for name in names] for whole in self.known])
         weights, self.error = fitted(parts, np.array([whole.seen for whole in self.known]))
         weights = weights * self.fitted_at
