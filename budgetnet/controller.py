@@ -159,8 +159,7 @@ class Controller:
         if phase == "search" and not steering.starts:
             steering.begin_search()
         generator = seeded(steering.network.gates.values.device, steering.options.seed, self._asked)
-        noisy = steering.options.noisy
-        if phase == "search" and steering.network.heads and noisy(self._begun - 1) and not noisy(self._begun):
+        if phase == "search" and steering.noise_ends(self._begun - 1, self._begun):
             steering.end_noise(self._batches(), generator)
         self._asked, self._examples = self._asked + 1, examples
         return steering.policy(phase, examples, generator, self._begun)
@@ -270,16 +269,16 @@ class Controller:
         network, budgets, training = self.steering.network, self.steering.budgets, self.steering.network.training
         if self.phase != "settle":
             raise ConfigError(f"settle comes after a search of gates that look at the input, got {self.phase}")
-        models = {budget.name: budget.model for budget in budgets}
+        models, examples = {budget.name: budget.model for budget in budgets}, self._batches()
 
         def look(tau: float) -> Observed:
-            network.eval()
-            return Observed({}, expected_costs(network, Threshold(tau), self._batches(), models), [])
+            return Observed({}, expected_costs(network, Threshold(tau), examples, models), [])
 
         def set_norms(tau: float) -> None:
             if batches:
                 recalibrate(network, lambda x: network.masked(x, Threshold(tau))[0], batches)
 
+        network.eval()  # as recalibration leaves it
         self.tau, seen = settled_threshold(budgets, look, set_norms)
         self.outcomes = [reached(budget, seen.costs[budget.name]) for budget in budgets]
         network.train(training)

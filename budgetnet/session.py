@@ -153,7 +153,8 @@ class Session:
         for x, y in self.train.epoch(self.epoch, start=self.batch):
             step = self.epoch * batches + self.batch
             position, generator = self.position(step), seeded(self.learner.device, self.options.seed, step)
-            if phase == "search" and self.network.heads and self.noise_ends(step):
+            before, now = (place - self.options.warmup_epochs for place in (self.position(step - 1), position))
+            if phase == "search" and self.learner.noise_ends(before, now):
                 seen = islice((one for one, _ in self.train.epoch(self.epoch)), self.options.recalibration)
                 self.learner.end_noise(seen, generator, self.learner.forward)
             self.learner.step(
@@ -164,7 +165,7 @@ class Session:
                 rate=self.options.rate(position / self.options.epochs),
                 progress=self.options.search_progress(position),
                 sums=self.sums,
-                epochs=position - self.options.warmup_epochs,
+                epochs=now,
             )
             self.batch += 1
             self.images += len(x)
@@ -182,11 +183,6 @@ class Session:
         self.save()
         if progress:
             progress.epoch(line)
-
-    def noise_ends(self, step: int) -> bool:
-        """Whether this step of a search is its first in which gates are decided without noise."""
-        before, now = (self.position(place) - self.options.warmup_epochs for place in (step - 1, step))
-        return before >= 0 and self.options.noisy(before) and not self.options.noisy(now)
 
     def position(self, step: int) -> float:
         """Epochs from the start of training to a step."""

@@ -222,6 +222,11 @@ class Steering:
         sums.costs = [a + float(b.detach().sum()) for a, b in zip(sums.costs or [0.0] * len(costs), costs, strict=True)]
         return direct
 
+    def noise_ends(self, before: float, now: float) -> bool:
+        """Whether gates by the input had noise at `before`, in epochs since sampling began, and have none `now`."""
+        noisy = self.options.noisy
+        return bool(self.network.heads) and before >= 0 and noisy(before) and not noisy(now)
+
     @torch.no_grad()
     def end_noise(
         self, batches: Iterable[Tensor], generator: torch.Generator, forward: Forward = SuperNetwork.forward

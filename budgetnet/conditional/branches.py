@@ -85,7 +85,7 @@ class Branch(nn.Module):
         *,
         own: bool,
         exit: bool,
-        answers: bool = False,
+        answers: bool,
     ) -> None:
         super().__init__()
         self.name, self.body, self.head, self.own, self.exit = name, body, head, own, exit

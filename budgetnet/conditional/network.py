@@ -73,6 +73,11 @@ class ConditionalNetwork(nn.Module):
         """The edges on which something is left to decide."""
         return [edge for edge in self.edges if edge.head is not None]
 
+    @property
+    def skipped_branches(self) -> list[Branch]:
+        """Those that are not run where they are not taken: all of them but exits that answer first."""
+        return [edge for edge in self.conditional_branches if not edge.answers]
+
     def train(self, mode: bool = True) -> ConditionalNetwork:
         """Stays in evaluation mode."""
         super().train(False)
@@ -121,7 +126,7 @@ class ConditionalNetwork(nn.Module):
         if repeats < 1 or not len(example):
             raise ConfigError(f"tuning takes an example and repeats >= 1, got {len(example)} and {repeats}")
         known: dict[str, Limits] = {}
-        for edge in self.conditional_branches:
+        for edge in self.skipped_branches:
             body, shapes = edge.body, (self.shapes[edge.start], self.shapes[edge.end])
             alike = f"{shapes} {body} {body.owners} {body.gates} {body.ends}"
             if alike not in known:
@@ -134,12 +139,12 @@ class ConditionalNetwork(nn.Module):
         """What was measured; assign what was read from JSON."""
         return {
             edge.name: {str(batch): limits._asdict() for batch, limits in edge.limits.items()}
-            for edge in self.conditional_branches
+            for edge in self.skipped_branches
         }
 
     @table.setter
     def table(self, table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-        names = {edge.name: edge for edge in self.conditional_branches}
+        names = {edge.name: edge for edge in self.skipped_branches}
         for name, rows in table.items():
             if name not in names:
                 raise ConfigError(f"edges with gates are {', '.join(names)}, got {name!r}")

@@ -49,7 +49,7 @@ def tune_fastest(network: ConditionalNetwork, examples: Tensor, repeats: int) ->
         repeats: times that each way is measured.
     """
     network.tune(examples, repeats=repeats)
-    edges, batch = network.conditional_branches, len(examples)
+    edges, batch = network.skipped_branches, len(examples)
     ways = [[edge.limits[batch] for edge in edges], [WHOLE] * len(edges)]
 
     def run(limits: Sequence[Limits]) -> None:
