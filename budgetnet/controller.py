@@ -242,7 +242,9 @@ class Controller:
             what = "an architecture is chosen once" if steering.chosen is not None else "choose comes after the search"
             raise ConfigError(f"{what}, at step {over}, got step {self.steps}")
         generator = torch.Generator().manual_seed(options.seed)
-        pool, _ = measured_to_fit(network, steering.budgets, count=options.candidates, generator=generator)
+        pool, _ = measured_to_fit(
+            network, steering.budgets, count=options.candidates, generator=generator, pressed=steering.pressed
+        )
         scores = [self._judged(judge, extract(network, row[None]), batches) for row in pool]
         best = scores.index(max(scores))
         steering.chosen = pool[best : best + 1]

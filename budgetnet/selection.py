@@ -21,6 +21,8 @@ ATTEMPTS = 5
 TRIES = 4
 ORDERS = 16
 """Random orders in which the full network is cut before budgets are said to contradict each other."""
+SHIFTS = (0.0, -0.5, 0.5, -1.0, 1.0, -2.0, 2.0, -4.0, 4.0, -8.0, 8.0)
+"""What is added to the logits, in turn, until enough of the samples keep the budgets."""
 CLOSE = 0.02
 """Share of a limit that may be left."""
 TIGHTER = 0.85
@@ -82,6 +84,7 @@ def probable(
     *,
     count: int,
     generator: torch.Generator,
+    pressed: bool = False,
     samples: int = 4096,
 ) -> Tensor:
     """Candidates that keep every budget: the mode, mended where it does not, and the most probable samples.
@@ -95,7 +98,9 @@ def probable(
         budgets: all must be kept.
         count: largest number of candidates, >= 1.
         generator: draws the samples, on the CPU.
-        samples: architectures drawn.
+        pressed: a limit is what closes gates: a mode that leaves some of every limit is one that it closed too much of,
+            as when all gates passed 1/2 together, and the threshold is lowered until it has to be cut.
+        samples: architectures drawn, more where few keep the budgets.
 
     Returns:
         `(n, G)` different architectures, 1 <= n <= count; gates that are not used are off.
@@ -104,14 +109,13 @@ def probable(
         UnreachableBudget: none was found that keeps all budgets together.
     """
     logits = network.logits()
+    if pressed and all(budget.upper for budget in budgets):
+        logits = logits - _threshold(network, budgets, logits)
     mode = (logits > 0).float()[None]
     mended = mend(network, budgets, mode, logits)
     binding = not bool(keeps(network, budgets, mode)[0])
     wanted = torch.ones_like(mode[0], dtype=torch.bool) if binding else mode[0].bool()
-    drawn = network.sampled(samples, generator)
-    drawn = trimmed(network, drawn[keeps(network, budgets, drawn)])
-    score = log_prob(logits, drawn, network.relevant(drawn))
-    pool = torch.cat([mended, drawn[score.argsort(descending=True, stable=True)]])
+    pool = torch.cat([mended, _samples(network, budgets, logits, least=count, count=samples, generator=generator)])
     unique: dict[tuple[float, ...], None] = {}  # in order
     for tried, row in enumerate(dict.fromkeys(map(tuple, pool.tolist()))):
         if len(unique) < count and tried < TRIES * count:  # many may become the same when they are filled up
@@ -126,13 +130,54 @@ def probable(
     return torch.tensor(list(unique))
 
 
+def _threshold(network: SuperNetwork, budgets: Sequence[BoundBudget], logits: Tensor) -> float:
+    """The highest threshold on `(G,)` logits, at most 0, above which too many gates lie; where none is, below all."""
+    levels = [0.0, *(level for level in logits.unique(sorted=True).flip(0).tolist() if level <= 0)]
+    low, high = 0, len(levels)  # a gate is open above its level, so that the next one opens it
+    while low < high:
+        middle = (low + high) // 2
+        fits = bool(keeps(network, budgets, (logits > levels[middle]).float()[None])[0])
+        low, high = (middle + 1, high) if fits else (low, middle)
+    return levels[low] if low < len(levels) else levels[-1] - 1
+
+
+def _samples(
+    network: SuperNetwork,
+    budgets: Sequence[BoundBudget],
+    logits: Tensor,
+    *,
+    least: int,
+    count: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Architectures that keep the budgets, `(n, G)`, of `count` drawn; the most probable ones first.
+
+    Where fewer than `least` do, all gates are moved by the same and drawn again.
+    """
+    found = logits.new_zeros(0, len(logits))
+    for shift in SHIFTS:
+        drawn = torch.bernoulli((logits + shift).sigmoid().expand(count, -1), generator=generator)
+        drawn = trimmed(network, drawn[keeps(network, budgets, drawn)])
+        if len(drawn) > len(found):
+            score = log_prob(logits + shift, drawn, network.relevant(drawn))
+            found = drawn[score.argsort(descending=True, stable=True)]
+        if len(found) >= least:
+            break
+    return found
+
+
 def measured_to_fit(
-    network: SuperNetwork, budgets: Sequence[BoundBudget], *, count: int, generator: torch.Generator
+    network: SuperNetwork,
+    budgets: Sequence[BoundBudget],
+    *,
+    count: int,
+    generator: torch.Generator,
+    pressed: bool = False,
 ) -> tuple[Tensor, list[list[float]]]:
     """Candidates that keep every budget, by what was measured where a cost can be: those that leave least first.
 
     Where predictions were too high or too low, the limit that they go by is moved and candidates are drawn again.
-    Where none of these keeps the budgets, the architecture of least cost may.
+    Where none of these keeps the budgets, the architecture of least cost may. The arguments are those of `probable`.
 
     Returns:
         `(n, G)` architectures as `probable` gives them, 1 <= n <= count, and of each what it costs, in the budgets'
@@ -143,19 +188,19 @@ def measured_to_fit(
     """
     models = [budget.model for budget in budgets]
     if not any(isinstance(model, MeasuredModel) for model in models):
-        pool = probable(network, budgets, count=count, generator=generator)
+        pool = probable(network, budgets, count=count, generator=generator, pressed=pressed)
         used = network.used(pool)
         costs = [budget.model(used).tolist() for budget in budgets]
         return pool, [list(own) for own in zip(*costs, strict=True)] or [[] for _ in pool]
     for model in models:
         if isinstance(model, LearningModel):  # predictions are best where they were learned
-            near = _drawn(network, budgets, count=min(count, NEAR), generator=generator)
+            near = _drawn(network, budgets, count=min(count, NEAR), generator=generator, pressed=pressed)
             if len(near):
                 model.refit(near)
     seen, wanted = Seen(network, budgets), list(budgets)
     ratios, tighter = [1.0] * len(budgets), 1.0
     for _ in range(ATTEMPTS):
-        new = seen.new(_drawn(network, wanted, count=count, generator=generator))
+        new = seen.new(_drawn(network, wanted, count=count, generator=generator, pressed=pressed))
         if len(new):
             predicted = [budget.model(network.used(new)) for budget in budgets]
             ratios = [_ratio(high, low) for high, low in zip(seen.add(new), predicted, strict=True)]
@@ -208,10 +253,12 @@ class Seen:
         return list(highs)
 
 
-def _drawn(network: SuperNetwork, budgets: Sequence[BoundBudget], *, count: int, generator: torch.Generator) -> Tensor:
+def _drawn(
+    network: SuperNetwork, budgets: Sequence[BoundBudget], *, count: int, generator: torch.Generator, pressed: bool
+) -> Tensor:
     """As `probable`, `(n, G)`, with n = 0 where no architecture is predicted to keep the budgets."""
     try:
-        return probable(network, budgets, count=count, generator=generator)
+        return probable(network, budgets, count=count, generator=generator, pressed=pressed)
     except UnreachableBudget:
         return network.architecture("full")[:0]
 

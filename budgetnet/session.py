@@ -284,7 +284,13 @@ class Session:
         tightest budget: there is fine-tuning to come.
         """
         generator = torch.Generator().manual_seed(self.options.seed)
-        pool, costs = measured_to_fit(self.network, self.budgets, count=self.options.candidates, generator=generator)
+        pool, costs = measured_to_fit(
+            self.network,
+            self.budgets,
+            count=self.options.candidates,
+            generator=generator,
+            pressed=self.learner.pressed,
+        )
         qualities = [self.judge(kept[None], afresh=True) for kept in pool]
         measure = "mean_iou" if self.data.task == "segmentation" else "accuracy"
         scores = [quality[measure] for quality in qualities]

@@ -124,6 +124,11 @@ class Steering:
         asked = self.options.gate_decay
         return gate_weight_decay(self.network.gate_count) if asked == "papers" else float(asked)
 
+    @property
+    def pressed(self) -> bool:
+        """Whether a limit is worth something still: its price was found, and is not gone."""
+        return any(price.fixed is None and price.accumulated > 0 for price in self.prices)
+
     def policy(self, phase: str, examples: int, generator: torch.Generator, epochs: float = 0.0) -> Policy:
         """Who decides the gates in this phase, `epochs` after sampling began."""
         if phase == "warmup":

@@ -14,7 +14,7 @@ from small import every, graphs, network_on
 from budgetnet import Budget, SuperNetwork
 from budgetnet.errors import UnreachableBudget
 from budgetnet.selection import check_together, filled, keeps, mend, pareto_front, probable, trimmed
-from budgetnet.spaces import conv_fabric, resnet_fabric
+from budgetnet.spaces import conv_fabric, resnet, resnet_fabric
 
 NETWORK = conv_fabric(width=2, depth=3, channels=3, classes=2, image_size=8)
 BUDGETS = ["macs<=40%", "params<=60%", "steps:2<=12", "macs:paper<=50%", "macs~=70%", "params~=90%"]
@@ -124,6 +124,41 @@ def test_a_candidate_lacks_no_wanted_gate_that_fits(text: str, seed: int):
             more[0, gate] = 1
             useful = network.used(more)[0, network.choices[gate]] > 0
             assert not (useful and keeps(network, budgets, more)[0])
+
+
+@pytest.mark.parametrize("texts", [["macs<=40%"], ["macs<=50%", "params<=60%"], ["macs<=100%"]])
+@pytest.mark.parametrize("middle", [-0.5, -3.0, 0.0])
+def test_where_a_limit_closed_all_gates_together_it_is_used_all_the_same(texts: list[str], middle: float):
+    """The likeliest channels come first, however unlikely they are; no limit that presses is left unused."""
+    network = learned(0, resnet(depth=8, channels=4, image_size=8), scale=0.1)
+    network.gates.values.data.add_(middle)
+    budgets = [Budget.parse(text).bind(network) for text in texts]
+    for pressed in (False, True):
+        found = probable(network, budgets, count=6, generator=generator(), pressed=pressed)
+        assert keeps(network, budgets, found).all()
+        assert torch.equal(found, trimmed(network, found))
+        left = [1 - budget.model(network.used(found)) / budget.limit for budget in budgets]
+        tightest = torch.stack(left).amin(dim=0)
+        if pressed:
+            assert (tightest < 0.05).all()
+            assert len(found) == (1 if texts == ["macs<=100%"] else 6)
+        elif middle < -0.5:
+            assert (tightest > 0.5).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_under_a_limit_that_presses_channels_open_by_their_logits_while_they_fit(seed: int):
+    network = resnet(depth=8, channels=8, image_size=8)
+    order = torch.randn(network.gate_count, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        network.gates.values.copy_(order - 20)
+    budget = Budget.parse("macs<=60%").bind(network)
+    kept = torch.zeros(1, network.gate_count)
+    for gate in order.argsort(descending=True).tolist():
+        kept[0, gate] = 1
+        if float(budget.model(network.used(kept))[0]) > budget.limit:
+            kept[0, gate] = 0
+    assert torch.equal(probable(network, [budget], count=1, generator=generator(), pressed=True), kept)
 
 
 @settings(max_examples=20, deadline=None)
