@@ -62,6 +62,8 @@ def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], optio
         raise ConfigError(f"a cost has one budget, got {names.count(twice)} of {twice}")
     if options.target != "linear" and (free := [budget.name for budget in budgets if budget.full == 0]):
         raise ConfigError(f"a {options.target} target is a share of the full network's cost, whose {free[0]} is 0")
+    if not network.exits and options.exit_supervision != SearchOptions.exit_supervision:
+        raise ConfigError(f"exit_supervision is of networks with exits, got {options.exit_supervision} without one")
     if options.estimator == "score":
         without = names
     else:

@@ -228,6 +228,7 @@ by_input = partial(small_resnet, conditional=True)
         (by_input, ["macs<=50%"], {"gate_optimizer": "sgd"}, "gate_optimizer is of gates that do not look"),
         (by_input, ["macs<=50%"], {"gate_limit": 1.0}, "gate_limit is of gates that do not look"),
         (by_input, ["macs<=50%"], {"exploration": 0.1}, "exploration is of gates that do not look"),
+        (small_resnet, ["macs<=50%"], {"exit_supervision": 0.5}, "exit_supervision is of networks with exits, got 0.5"),
         (small_resnet, ["macs<=50%", "macs~=48%"], {}, "a cost has one budget, got 2 of macs"),
     ],
 )  # fmt: skip
