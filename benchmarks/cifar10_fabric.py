@@ -19,7 +19,7 @@ import torch
 
 import budgetnet as bn
 from budgetnet.budgets import Budget
-from budgetnet.selection import trimmed
+from budgetnet.projection import trimmed
 
 KINDS = ("searched", "resnet-20", "narrowed fabric", "random 1", "random 2", "random 3")
 SEARCH = {"warmup": 0.5, "finetune": 0.37, "gate_rate": 0.2, "recalibration": 20}  # docs/experiments.md

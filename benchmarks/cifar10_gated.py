@@ -27,10 +27,10 @@ from torch import Tensor, nn
 import budgetnet as bn
 from budgetnet.data import Batches
 from budgetnet.evaluation import evaluate
+from budgetnet.projection import trimmed
 from budgetnet.report import gate_figures
 from budgetnet.report.architecture import Architecture
 from budgetnet.report.records import read_json
-from budgetnet.selection import trimmed
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 COMMON = {"validate_every": 10, "candidates": 4, "recalibration": 20}

@@ -21,7 +21,7 @@ from torch import Tensor
 import budgetnet as bn
 from budgetnet.export import export, load
 from budgetnet.extraction import extract, fold_batch_norm
-from budgetnet.selection import trimmed
+from budgetnet.projection import trimmed
 from budgetnet.sites import Fixed
 
 Runs = dict[str, Callable[[Tensor], Tensor]]

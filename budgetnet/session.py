@@ -20,10 +20,11 @@ from budgetnet.evaluation import Predict, evaluate, recalibrate
 from budgetnet.extraction import extract
 from budgetnet.inference import Inference, Observed, observe
 from budgetnet.options import SearchOptions
+from budgetnet.projection import keeps, room
 from budgetnet.report.records import Record
 from budgetnet.report.run import Run
 from budgetnet.runs import RunFolder
-from budgetnet.selection import keeps, measured_to_fit, room
+from budgetnet.selection import measured_to_fit
 from budgetnet.sites import entropy
 from budgetnet.steering import Sums, seeded
 from budgetnet.training import Learner

@@ -29,7 +29,7 @@ from budgetnet.costs.measured import MeasuredModel
 from budgetnet.errors import ConfigError
 from budgetnet.objectives import example_losses, hinge, score_function_loss
 from budgetnet.options import SearchOptions
-from budgetnet.selection import probable
+from budgetnet.projection import probable
 from budgetnet.session import seeded
 from budgetnet.sites import entropy, log_prob
 from budgetnet.steering import Steering, Sums

@@ -21,8 +21,8 @@ from budgetnet.costs import MACs, Params, Steps
 from budgetnet.errors import FileError, GraphError
 from budgetnet.extraction import count, extract
 from budgetnet.gated import ChannelGate, GatedSequential
+from budgetnet.projection import filled, keeps, probable, trimmed
 from budgetnet.runs import RunFolder
-from budgetnet.selection import filled, keeps, probable, trimmed
 from budgetnet.sites import Fixed, Gumbel, Sample, log_prob
 
 SEEDS = st.integers(0, 2**16)
@@ -638,6 +638,8 @@ def test_filling_opens_channels_that_fit():
     full = filled(network, budgets, kept, torch.tensor([0.0, 1, 2, 3, 4]), torch.ones(5, dtype=torch.bool))
     assert full.tolist() == [[1, 1, 0, 1, 1]]
     dropped = filled(network, budgets, 0 * kept, torch.arange(5.0), torch.ones(5, dtype=torch.bool))
+    assert dropped.tolist() == [[1, 0, 1, 1, 1]]
+    dropped = filled(network, budgets, 0 * kept, torch.arange(5.0), torch.tensor([False, True, True, True, True]))
     assert not dropped.any()
 
 

@@ -17,7 +17,7 @@ from budgetnet.costs import MACs, Params
 from budgetnet.errors import ConfigError, GraphError
 from budgetnet.extraction import count, extract
 from budgetnet.gated import ChannelGate, GatedSequential
-from budgetnet.selection import probable, trimmed
+from budgetnet.projection import probable, trimmed
 from budgetnet.sites import (
     AlwaysOn,
     AnswerGate,

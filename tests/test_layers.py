@@ -13,7 +13,7 @@ LAYERS = (
     *("errors", "version", "graph", "sites", "blocks", "gated", "choices", "rows", "shapes", "supernet"),
     *("spaces", "weights", "extraction", "timing", "export", "onnx_pieces", "assembly", "costs"),
     *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
-    *("selection", "runs", "architectures", "measure"),
+    *("projection", "selection", "runs", "architectures", "measure"),
     *("report", "optimizers", "steering", "training", "session", "delivery", "search", "controller", "console", "cli"),
     *("__init__", "__main__"),
 )

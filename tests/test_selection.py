@@ -13,8 +13,9 @@ from small import every, graphs, network_on
 
 from budgetnet import Budget, SuperNetwork
 from budgetnet.errors import UnreachableBudget
-from budgetnet.selection import check_together, filled, keeps, mend, pareto_front, probable, trimmed
-from budgetnet.spaces import conv_fabric, resnet, resnet_fabric
+from budgetnet.projection import filled, keeps, mend, probable, trimmed
+from budgetnet.selection import check_together, pareto_front
+from budgetnet.spaces import conv_fabric, densenet_exits, resnet, resnet_fabric
 
 NETWORK = conv_fabric(width=2, depth=3, channels=3, classes=2, image_size=8)
 BUDGETS = ["macs<=40%", "params<=60%", "steps:2<=12", "macs:paper<=50%", "macs~=70%", "params~=90%"]
@@ -159,6 +160,44 @@ def test_under_a_limit_that_presses_channels_open_by_their_logits_while_they_fit
         if float(budget.model(network.used(kept))[0]) > budget.limit:
             kept[0, gate] = 0
     assert torch.equal(probable(network, [budget], count=1, generator=generator(), pressed=True), kept)
+
+
+@pytest.mark.parametrize(("first", "second"), [(-4.0, 3.0), (-8.0, 4.0), (-5.0, 5.0)])
+def test_a_limit_that_presses_opens_no_exit_that_is_unlikely(first: float, second: float):
+    """What an exit spares makes all the rest fit, so that the threshold would never be low enough."""
+    network = densenet_exits(
+        depth=10, growth=4, image_size=8, in_channels=1, conditional=False, exit_channels=4, exit_pool=2
+    )
+    with torch.no_grad():
+        network.gates.values.copy_(torch.tensor([first, second]))
+    budgets = [Budget.parse("macs<=97%").bind(network)]
+    for pressed in (False, True):
+        found = probable(network, budgets, count=1, generator=generator(), pressed=pressed)
+        assert found.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("text", ["macs<=30%", "macs<=50%", "macs<=60%", "macs<=65%"])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_block_comes_back_with_those_of_its_channels_that_fit(text: str, seed: int):
+    """Its own gate is the first to be cut, and alone is of no use."""
+    network = resnet(depth=8, channels=8, image_size=8, in_channels=1, gates="both")
+    logits = 1 + torch.randn(network.gate_count, generator=torch.Generator().manual_seed(seed))
+    logits[:3] = torch.tensor([-2.0, -1.0, -1.5])
+    with torch.no_grad():
+        network.gates.values.copy_(logits)
+    budget = Budget.parse(text).bind(network)
+    found = probable(network, [budget], count=1, generator=generator(), pressed=True)
+    assert 0.9 < float(budget.model(network.used(found))[0]) / budget.limit <= 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_channels_shared_by_blocks_are_opened_where_one_of_these_uses_them(seed: int):
+    network = resnet(depth=20, channels=4, image_size=8, in_channels=1, gates="both", lock=True)
+    with torch.no_grad():
+        network.gates.values.copy_(torch.randn(network.gate_count, generator=torch.Generator().manual_seed(seed)))
+    budget = Budget.parse("macs<=50%").bind(network)
+    found = probable(network, [budget], count=4, generator=generator(), pressed=True)
+    assert (budget.model(network.used(found)) / budget.limit > 0.95).all()
 
 
 @settings(max_examples=20, deadline=None)
