@@ -104,7 +104,8 @@ def fold_batch_norm(network: Plain) -> Plain:
             layers: list[nn.Module] = []
             for layer in parent:
                 before = layers[-1] if layers else None
-                if isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+                own = isinstance(layer, nn.BatchNorm2d) and layer.running_mean is None  # statistics of its batch
+                if isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.Conv2d) and not own:
                     layers[-1] = fuse_conv_bn_eval(before, layer)
                 else:
                     layers.append(layer)

@@ -1,4 +1,4 @@
-"""What a module makes of a shape, found without computing; modules in evaluation mode for a while."""
+"""Modules as networks need them: what they make of a shape, in evaluation mode for a while, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -45,3 +45,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def without_overwriting(module: nn.Module) -> nn.Module:
+    """The module whose layers, in place, have been told to leave what they are given as it is."""
+    for part in module.modules():
+        if getattr(part, "inplace", False) is True:
+            part.inplace = False  # type: ignore[assignment]
+    return module

@@ -60,8 +60,11 @@ def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], optio
     names = [budget.name for budget in budgets]
     if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
         raise ConfigError(f"a cost has one budget, got {names.count(twice)} of {twice}")
-    if options.target != "linear" and (free := [budget.name for budget in budgets if budget.full == 0]):
-        raise ConfigError(f"a {options.target} target is a share of the full network's cost, whose {free[0]} is 0")
+    free = [budget.name for budget in budgets if budget.full == 0]
+    shared = [f"target {options.target}"] * (options.target != "linear")
+    shared += [f"penalty {options.penalty}"] * (options.penalty != "price")
+    if free and shared:
+        raise ConfigError(f"the {shared[0]} is of shares of the full network's cost, whose {free[0]} is 0")
     if not network.exits and options.exit_supervision != SearchOptions.exit_supervision:
         raise ConfigError(f"exit_supervision is of networks with exits, got {options.exit_supervision} without one")
     if options.estimator == "score":
@@ -289,13 +292,12 @@ class Steering:
 
     def _penalty(self, budget: BoundBudget, cost: Tensor, limit: float, kept: Tensor) -> Tensor:
         """What a differentiable cost adds per unit of price, of the batch as a whole."""
-        share = min(1.0, limit / budget.full)
-        if self.options.penalty == "batch-activation":
-            return batch_activation(cost / budget.full, share)
-        if self.options.penalty == "const-quad":
-            return const_quad(cost / budget.full, share)
-        if self.options.penalty == "per-gate":
-            return per_gate(kept, share)
+        if self.options.penalty != "price":
+            share = min(1.0, limit / budget.full)
+            if self.options.penalty == "per-gate":
+                return per_gate(kept, share)
+            squares = batch_activation if self.options.penalty == "batch-activation" else const_quad
+            return squares(cost / budget.full, share)
         if self.options.price != "dual":  # nothing takes a fixed price back once the limit is kept
             return budget.penalty(cost, limit).mean()
         excess = cost.mean() / limit - 1

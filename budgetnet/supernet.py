@@ -20,7 +20,7 @@ from budgetnet.errors import ConfigError, GraphError
 from budgetnet.gated import GatedSequential
 from budgetnet.graph import Graph, positions
 from budgetnet.rows import Rows, gated, spread
-from budgetnet.shapes import Shape, evaluating, output_shape
+from budgetnet.shapes import Shape, evaluating, output_shape, without_overwriting
 from budgetnet.sites import AlwaysOn, Fixed, Gates, Policy
 
 
@@ -47,7 +47,8 @@ class Edge:
 
     Attributes:
         start, end: node names.
-        module: maps the start's value to something of the end's shape.
+        module: maps the start's value to something of the end's shape. Layers of it that work in place are told not to:
+            other edges read that value too.
         name: unique in the network, None for "start>end".
         kind: what a picture calls it: "block", "projection".
         fixed: always kept; not a choice.
@@ -128,11 +129,11 @@ class SuperNetwork(Choices, nn.Module):
             twice = next(edge for edge in self.edge_names if self.edge_names.count(edge) > 1)
             raise GraphError(f"edge names must differ, got {twice!r} twice: name parallel edges")
         self.kinds = tuple(edge.kind for edge in edges)
-        self.modules_on_edges = nn.ModuleList(edge.module for edge in edges)
+        self.modules_on_edges = nn.ModuleList(without_overwriting(edge.module) for edge in edges)
         known = [given.get(node, Node(name=node)) for node in names]
         if known[index[source]].activation is not None:
             raise GraphError(f"the input {source!r} takes no activation: put it on the edges that leave it")
-        self.activations = nn.ModuleList(node.activation or nn.Identity() for node in known)
+        self.activations = nn.ModuleList(without_overwriting(node.activation or nn.Identity()) for node in known)
         self.edge_steps = tuple(
             (0 if isinstance(edge.module, nn.Identity) else 1) if edge.steps is None else edge.steps for edge in edges
         )

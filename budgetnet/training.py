@@ -107,7 +107,8 @@ class Learner(Steering):
         right = output.detach().argmax(dim=1) == y
         if y.ndim > 1 and self.ignore is not None:
             right = right[y != self.ignore]
-        sums.right += float(right.float().mean()) * len(x)
+        if right.numel():  # not where nothing in the batch has a class
+            sums.right += float(right.float().mean()) * len(x)
 
     def forward(self, network: SuperNetwork, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
         """The forward pass in the precision of the run."""

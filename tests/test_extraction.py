@@ -109,6 +109,13 @@ def test_a_batch_norm_that_follows_no_convolution_stays():
     assert torch.equal(fold_batch_norm(plain)(images(network)), plain(images(network)))
 
 
+def test_a_batch_norm_that_asks_its_own_batch_stays():
+    layers = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False))
+    network = SuperNetwork([Edge(start="x", end="y", module=layers)], input_shape=(2, 3, 3)).eval()
+    plain = extract(network, network.architecture("full"))
+    assert torch.equal(fold_batch_norm(plain)(images(network)), plain(images(network)))
+
+
 @pytest.mark.parametrize("kept", ["nothing", "cut"])
 def test_what_connects_nothing_cannot_be_extracted(kept: str):
     network = SPACES["conv"]

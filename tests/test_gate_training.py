@@ -228,6 +228,8 @@ by_input = partial(small_resnet, conditional=True)
         (by_input, ["macs<=50%"], {"gate_optimizer": "sgd"}, "gate_optimizer is of gates that do not look"),
         (by_input, ["macs<=50%"], {"gate_limit": 1.0}, "gate_limit is of gates that do not look"),
         (by_input, ["macs<=50%"], {"exploration": 0.1}, "exploration is of gates that do not look"),
+        (small_exits, ["activation<=0.5"], {"penalty": "const-quad"}, "penalty const-quad is of .* activation is 0"),
+        (small_exits, ["activation<=0.5"], {"target": "stepped"}, "target stepped is of .* activation is 0"),
         (small_resnet, ["macs<=50%"], {"exit_supervision": 0.5}, "exit_supervision is of networks with exits, got 0.5"),
         (small_resnet, ["macs<=50%", "macs~=48%"], {}, "a cost has one budget, got 2 of macs"),
     ],
@@ -327,6 +329,15 @@ def test_weight_decay_of_gates_follows_the_rule():
     assert one.gate_optimizer.param_groups[0]["weight_decay"] == pytest.approx(20 / one.network.gate_count * 1e-4)
     conditional = learner(partial(small_resnet, conditional=True), gate_decay=0.3)
     assert {group["weight_decay"] for group in conditional.optimizer.param_groups} == {5e-4, 0.3}
+
+
+def test_a_limit_on_what_the_full_network_has_nothing_of():
+    """It takes no exit, so none of its gates is open."""
+    one = learner(small_exits, "layers<=80%", "activation<=0.5")
+    assert one.budgets[1].full == 0
+    one.begin_search()
+    assert step(one).costs[1] > 0
+    assert all(torch.isfinite(value).all() for value in one.network.parameters())
 
 
 def test_the_last_layer_of_a_head_learns_slower_the_more_it_sums():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from budgetnet import Edge, Node, SuperNetwork
 from budgetnet.errors import ConfigError, GraphError
+from budgetnet.extraction import extract
 from budgetnet.shapes import evaluating
 from budgetnet.sites import AlwaysOn, Fixed, Sample
 from budgetnet.spaces import conv_fabric, resnet_fabric
@@ -364,3 +365,25 @@ def test_the_full_network_is_what_always_on_runs():
     network = network_on(random_graph(1, nodes=5, extra=3)).eval()
     x = images(network, 3)
     assert torch.equal(network(x, full(network))[0], network(x, AlwaysOn())[0])
+
+
+@pytest.mark.parametrize("place", ["node", "edge"])
+def test_layers_that_work_in_place_leave_what_others_read(place: str):
+    """An identity hands on the very tensor that a convolution beside it reads."""
+
+    def built(inplace: bool) -> SuperNetwork:
+        torch.manual_seed(0)
+        relu = nn.ReLU(inplace=inplace)
+        edges = [
+            Edge(start="x", end="s", module=nn.Conv2d(1, 4, 3, padding=1), fixed=True),
+            Edge(start="s", end="t", module=nn.Identity() if place == "node" else relu, fixed=True),
+            Edge(start="s", end="u", module=nn.Conv2d(4, 4, 1), fixed=True),
+            Edge(start="t", end="u", module=nn.Identity()),
+        ]
+        nodes = [Node(name="t", activation=relu)] if place == "node" else []
+        return SuperNetwork(edges, input_shape=(1, 8, 8), sink="u", nodes=nodes).eval()
+
+    x = images(built(False), 2)
+    outputs = [network(x, full(network))[0] for network in (built(False), built(True))]
+    assert torch.equal(*outputs)
+    assert torch.equal(extract(built(True), built(True).architecture("full"))(x), outputs[0])

@@ -158,6 +158,20 @@ def test_the_log_says_what_a_step_paid_for_each_budget():
     assert paid > 0
 
 
+@pytest.mark.parametrize(("ignored", "right"), [(4, False), (3, True)])
+def test_images_without_a_class_are_neither_right_nor_wrong(ignored: int, right: bool):
+    torch.manual_seed(0)
+    network = bn.spaces.conv_fabric(width=2, depth=2, channels=3, classes=2, image_size=8, task="segmentation")
+    bound, options = bn.Budget.parse("macs<=60%").bind(network), bn.SearchOptions(architectures=2, precision="float32")
+    one = Learner(network, [bound], options, ignore=255, device=torch.device("cpu"), dtype=torch.float32)
+    masks, sums = torch.full((4, 8, 8), 255), Sums()
+    masks[ignored:] = 0
+    x, generator = torch.randn(4, 3, 8, 8), torch.Generator()
+    one.step(x, masks, "warmup", generator=generator, rate=0.0, progress=1.0, sums=sums)
+    assert (0 < sums.right <= 4) if right else sums.right == 0
+    assert (sums.loss > 0) is right
+
+
 def test_a_loss_that_is_not_finite_changes_nothing():
     one = learner()
     before = weights(one)

@@ -337,11 +337,3 @@ def fold_inside(module: nn.Module) -> nn.Module:
             if part is not None and not inside:
                 fold_inside(part)
     return module
-
-
-def without_overwriting(module: nn.Module) -> nn.Module:
-    """The module whose layers, in place, have been told to leave what they are given as it is."""
-    for part in module.modules():
-        if getattr(part, "inplace", False) is True:
-            part.inplace = False  # type: ignore[assignment]
-    return module

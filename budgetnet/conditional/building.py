@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from budgetnet.conditional.bodies import Body, Place, fold_inside, folded, without_overwriting
+from budgetnet.conditional.bodies import Body, Place, fold_inside, folded
 from budgetnet.conditional.branches import Branch
 from budgetnet.conditional.heads import narrowed_head
 from budgetnet.conditional.network import ConditionalNetwork
@@ -63,7 +63,7 @@ def conditional(
     }
     return ConditionalNetwork(
         branches,
-        [without_overwriting(copy.deepcopy(activation).eval()) for activation in network.activations],
+        [copy.deepcopy(activation).eval() for activation in network.activations],
         [node for node in network.graph.order if node in reached],
         network.shapes,
         torch.tensor([0.0 if math.isnan(gate) else gate for gate in gates], device=network.gates.values.device),
@@ -185,7 +185,7 @@ def branch_of(network: SuperNetwork, edge: int, units: Sequence[float], gates: S
 
 def plain_body(module: nn.Module) -> Body:
     """A module without gates, copied, its batch norms folded."""
-    new = without_overwriting(fold_inside(copy.deepcopy(module).eval()))
+    new = fold_inside(copy.deepcopy(module).eval())
     layers = list(new) if type(new) is nn.Sequential else [new]
     return Body([Place(layer, None, None) for layer in layers if not isinstance(layer, nn.Identity)])
 
@@ -232,7 +232,7 @@ def gated_body(
         else:
             at = layout[place]
             new = narrowed_module(layer, *channels_of(at, kept)).eval()
-            places.append(Place(without_overwriting(new), left(at.before), left(at.behind)))
+            places.append(Place(new, left(at.before), left(at.behind)))
     places, gates = folded(places, gates)
     reads, writes = module.ends(kept)
     first, last = module._ends
