@@ -82,6 +82,7 @@ class Choices:
         self.gate_count = 1 + max((column for column in self.gate_of if column is not None), default=-1)
         self._gated = [unit for unit, column in enumerate(self.gate_of) if column is not None]
         self._owners = [column for column in self.gate_of if column is not None]
+        self._by_input = sorted(conditional)
         self._shared = [column for column, count in Counter(self._owners).items() if count > 1]
         self._check_exits()
         self.behind = {edge: self._behind(edge) for edge in self.exits}
@@ -133,10 +134,12 @@ class Choices:
         """What is computed, and what a cost is charged for, `(K, G)` to `(K, U)`.
 
         Edges: kept, on a live path, and no site of theirs closed altogether. Groups: as kept; they
-        count where their edge is used.
+        count where their edge is used. An edge is also used where nothing but gates that look at the
+        input cut it from the output: these decide once it has been run.
         """
         whole = self.decisions(kept)
-        live = self.graph.used(self._alive(whole))
+        alive = self._alive(whole)
+        live = self.graph.used(alive, self._ahead(alive))
         return live if not self.sites else torch.cat([live, whole[:, len(self.graph.edges) :]], dim=1)
 
     def connects(self, used: Tensor) -> Tensor:
@@ -166,7 +169,8 @@ class Choices:
         """
         whole = self._placed(kept)
         bits = (whole.detach() > 0).to(whole)
-        hard, (could, _) = self.graph.used(self._alive(bits)), self._relevant(bits)
+        alive, (could, _) = self._alive(bits), self._relevant(bits)
+        hard = self.graph.used(alive, self._ahead(alive))
         edges = len(self.graph.edges)
         own = whole[:, :edges]
         live = hard * own + (could - hard) * (own - own.detach())
@@ -234,13 +238,22 @@ class Choices:
             alive[:, site.edge] = both(alive[:, site.edge], (~closed[:, place]).to(whole.dtype))
         return alive
 
+    def _ahead(self, alive: Tensor) -> Tensor | None:
+        """`(K, E)` alive edges and all whose gates look at the input, None where there are none of these."""
+        if not self._by_input:
+            return None
+        ahead = alive.clone()
+        ahead[:, self._by_input] = 1
+        return ahead
+
     def _closed(self, whole: Tensor) -> Tensor:
         """Whether each site is closed altogether, `(K, U)` to `(K, sites)` bool."""
         return torch.stack([~(whole[:, slice(*site.units)] > 0).any(dim=1) for site in self.sites], dim=1)
 
     def _relevant(self, whole: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Whether each unit could matter, given all others: of the edges `(K, E)`, of each site `(K, groups)`."""
-        could = self.graph.relevant(self._alive(whole))
+        alive = self._alive(whole)
+        could = self.graph.relevant(alive, self._ahead(alive))
         if not self.sites:
             return could, []
         closed = self._closed(whole)

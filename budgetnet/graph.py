@@ -114,7 +114,7 @@ class Graph:
             lists[edge[end]].append(index)
         return tuple(map(tuple, lists))
 
-    def relevant(self, kept: Tensor) -> Tensor:
+    def relevant(self, kept: Tensor, ahead: Tensor | None = None) -> Tensor:
         """Edges whose decision could change the network that the other decisions leave.
 
         An edge is relevant when its start is reached from the source and the sink is reached from
@@ -125,11 +125,13 @@ class Graph:
             kept: `(B, E)` edges kept by B architectures, bool, or float in [0, 1]; with floats
                 each "or" is `1 - (1 - a)(1 - b)`: exact on 0 and 1, multilinear in the inputs of
                 each node, differentiable.
+            ahead: `(B, E)` edges over which the sink is looked for, None for those kept.
 
         Returns:
             `(B, E)` of the same type.
         """
         columns = kept.t().contiguous()  # (E, B): an edge is one contiguous row
+        onward = columns if ahead is None else ahead.t().contiguous()
         one, zero = torch.ones_like(columns[0]), torch.zeros_like(columns[0])
         forward = [zero] * len(self.nodes)
         backward = [zero] * len(self.nodes)
@@ -139,12 +141,15 @@ class Graph:
                 forward[node] = either(forward[node], both(columns[index], forward[self.edges[index][0]]))
         for node in reversed(self.order):
             for index in self.outgoing[node]:
-                backward[node] = either(backward[node], both(columns[index], backward[self.edges[index][1]]))
+                backward[node] = either(backward[node], both(onward[index], backward[self.edges[index][1]]))
         return torch.stack([both(forward[start], backward[end]) for start, end in self.edges], dim=1)
 
-    def used(self, kept: Tensor) -> Tensor:
-        """Kept edges that lie on a live path from source to sink, `(B, E)`: what the cost is charged for."""
-        return both(kept, self.relevant(kept))
+    def used(self, kept: Tensor, ahead: Tensor | None = None) -> Tensor:
+        """Kept edges that lie on a live path from source to sink, `(B, E)`: what the cost is charged for.
+
+        Behind them the path may go over the edges `ahead`, as in `relevant`.
+        """
+        return both(kept, self.relevant(kept, ahead))
 
     def cheapest_path(self, weights: Sequence[float]) -> tuple[int, ...]:
         """Indices of the edges on a path from source to sink of the least sum of `weights` (E, >= 0)."""

@@ -295,6 +295,29 @@ def test_what_is_computed_is_what_the_cost_counts(batch: int):
 
 
 @pytest.mark.parametrize("batch", [1, 7])
+def test_what_is_run_before_a_later_gate_closes_is_counted(batch: int):
+    """Two branches in a row: the second decides once the first has been run, whose work may come to nothing."""
+    module, gate = partial(conv, CHANNELS, CHANNELS), partial(Pixels, first=0)
+    edges = [
+        Edge(start="x", end="a", module=nn.Identity(), fixed=True),
+        Edge(start="x", end="b", module=module(), name="first", gate=gate),
+        Edge(start="b", end="a", module=module(), name="second", gate=gate),
+        Edge(start="a", end="y", module=classifier(), fixed=True),
+    ]
+    network = stir(SuperNetwork(edges, input_shape=(CHANNELS, SIDE, SIDE)), 0).eval()
+    plain = told(conditional(network, None), GATHER, batch)
+    cost, seen = edge_cost(network, module_macs, "MAC"), torch.zeros(0, 2)
+    for seed in range(84 // batch):
+        x = images(network, batch, seed)
+        output, kept = plain.decide(x)
+        torch.testing.assert_close(output, reference(network, x)[0], rtol=1e-4, atol=1e-5)
+        assert macs_of(plain, x) == int(cost(network.used(kept)).sum())
+        seen = torch.cat([seen, kept])
+    assert [1.0, 0.0] in seen.tolist()
+    assert [1.0, 1.0] in seen.tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 7])
 def test_what_an_exit_computes_to_answer_first_is_what_the_cost_counts(batch: int):
     torch.manual_seed(0)
     network = spaces.densenet_exits(depth=10, growth=4, image_size=8, exit_channels=4)
