@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +34,8 @@ BUDGETS = (
     *("macs<=50% latency<=50%", "macs<=25% params<=50%", "memory<=50% steps:2<=50%"),
     *("latency<=50% memory<=60%", "params<=50% steps:4<=60%"),
 )
+STEPS = {"gated ResNet-20": "75%"}
+"""The limit on steps where half of them is out of reach: the shortcuts of strided blocks take steps too."""
 
 
 def main() -> None:
@@ -50,7 +53,8 @@ def main() -> None:
     for space in arguments.spaces:
         if space != "digits fabric" and not arguments.data:
             continue
-        for budget in arguments.budgets:
+        for text in arguments.budgets:
+            budget = re.sub(r"(steps:\d<=)\d+%", rf"\g<1>{STEPS[space]}", text) if space in STEPS else text
             rows = [finished(space, budget, seed, arguments) for seed in arguments.seeds]
             done = [row for row in rows if row["budgets"]]
             kept = sum(all(each["met"] for each in row["budgets"]) for row in done)

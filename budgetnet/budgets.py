@@ -216,7 +216,9 @@ def parse_cost(text: str) -> Cost:
         r"(?P<name>\w+)(?:\.(?P<part>\w+(?:\.\d+)?))?(?::(?P<short>[^\[\]:]+)|\[(?P<options>[^\[\]]*)\])?", text.strip()
     )
     if match is None or match["name"] not in COSTS:
-        raise ConfigError(f"costs are {', '.join(COSTS)} (steps:2, steps[workers=2]), got {text!r}")
+        raise ConfigError(
+            f"costs are {', '.join(COSTS)} (steps:2, steps[workers=2]), or FILE.py:FUNCTION, got {text!r}"
+        )
     kind = COSTS[match["name"]]
     kinds = {field.name: str(field.type) for field in fields(kind)}  # type: ignore[arg-type]
     if match["short"] is not None:

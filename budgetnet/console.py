@@ -29,7 +29,7 @@ class Bars:
 
     def say(self, text: str) -> None:
         """Prints what is being done."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, limits: list[dict[str, Any]], options: SearchOptions) -> None:
         """Prints the table of what can be reached, and starts the bar."""
@@ -39,6 +39,9 @@ class Bars:
                 least, *numbers = [quantity(row[key], row["unit"]) for key in ("smallest", "expected", "full", "limit")]
                 table.add_row(escape(row["cost"]), least if row["bound"] else f"{least.rstrip()} seen", *numbers)
             self.console.print(table)
+        for row in limits:
+            if not row["bound"] and row["limit"] < row["smallest"]:
+                self.say(f"{row['cost']}: no network was seen that keeps this limit, which may be out of reach")
         for row in limits if options.estimator == "score" else []:
             if row["alike"] > ALIKE and row["expected"] > row["limit"]:
                 same = f"{row['cost']}: {100 * row['alike']:.0f} % of the sampled networks cost the same"

@@ -58,7 +58,8 @@ class Controller:
 
     Attributes:
         limits: what `check_reachable` says of each budget.
-        costs: of each budget the mean cost of the architectures that were sampled last, by its name.
+        costs: of each budget, by its name, the mean cost of the architectures that were sampled last, and of the one
+            that is chosen once there is one.
         outcomes: of each budget what the chosen architecture costs, or what gates that look at the input are expected
             to, as in result.json; empty before that is known.
         tau: the probability above which gates that look at the input are open; None before `settle`.
@@ -250,6 +251,7 @@ class Controller:
         steering.chosen = pool[best : best + 1]
         used = network.used(steering.chosen)
         self.outcomes = [entry(budget, steering.chosen, used) for budget in steering.budgets]
+        self.costs = {outcome["cost"]: outcome["value"] for outcome in self.outcomes}
         if batches:
             recalibrate(network, lambda x: network.run(x, used), batches)
         network.train(training)

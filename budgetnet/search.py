@@ -95,6 +95,11 @@ def search(
     device = resolve_device(options.device)
     dtype = resolve_precision(options.precision, device)
     asked_for = provenance(space, data, asked, options, fixed, command, device, dtype)
+    if progress:
+        parts = (len(data.train), len(data.validation), len(data.test))
+        progress.say("{}: {:,} images to train on, {:,} to choose by, {:,} to test on".format(data.name, *parts))
+        if resume and not (run.path / "options.json").exists():
+            progress.say(f"{run.path} holds no run to resume: it begins anew")
     run.create(asked_for, resume=resume)
     for budget in bound:
         if isinstance(budget.model, LearningModel):
@@ -102,12 +107,15 @@ def search(
     learner = Learner(network, bound, options, ignore=data.ignore, device=device, dtype=dtype)
     learner.chosen = fixed
     session = Session(run, data, learner, options)
-    session.take_up()
-    if progress:
-        progress.begin(limits, options)
-    while session.epoch < options.epochs:
-        session.run_epoch(progress)
-    return deliver(session, limits)
+    try:
+        session.take_up()
+        if progress:
+            progress.begin(limits, options)
+        while session.epoch < options.epochs:
+            session.run_epoch(progress)
+        return deliver(session, limits)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(str(run.path)) from interrupt  # where it can be gone on with
 
 
 def in_folder(budget: Budget, folder: Path) -> Budget:
@@ -153,7 +161,7 @@ def provenance(
         "data": {
             "name": data.name,
             "task": data.task,
-            "classes": len(data.classes),
+            "classes": list(data.classes),
             "ignore": data.ignore,
             "pad": data.augmentation.pad,
             "flip": data.augmentation.flip,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,9 +16,11 @@ from conftest import SMALL
 from PIL import Image
 from wrong_files import branching
 
-from budgetnet import cli, spaces, training
+from budgetnet import __version__, cli, spaces, training
+from budgetnet import data as datasets
 from budgetnet.delivery import restored
 from budgetnet.export import difference, load
+from budgetnet.options import DEFAULTS
 from budgetnet.runs import RunFolder
 from budgetnet.weights import learned
 
@@ -302,9 +305,23 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(training.Learner, "step", interrupt)
     assert cli.main(["search", *SMALL, "--out", str(tmp_path / "run"), "--json"]) == 130
-    assert capsys.readouterr().err == (
-        "budgetnet: interrupted; the same command with --resume and --out RUN goes on from there\n"
-    )
+    how = f"the same command with --resume --out {tmp_path / 'run'} goes on from there"
+    assert capsys.readouterr().err == f"budgetnet: interrupted; {how}\n"
+
+
+def test_an_interruption_before_there_is_a_run_says_no_more(tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["budgetnet.search"], "check_reachable", interrupt)
+    assert cli.main(["search", *SMALL, "--out", str(tmp_path / "run"), "--json"]) == 130
+    assert capsys.readouterr().err == "budgetnet: interrupted\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_version_is_told(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
 
 
 def test_the_exit_status_reaches_the_shell(tmp_path, monkeypatch, capsys):
@@ -415,7 +432,7 @@ def test_gates_that_hardly_look_at_the_input_are_folded(conditional, tmp_path, c
         (("--fold", "0.5"), "margin must lie in [0, 0.5), got 0.5"),
         (
             ("--fold", "0.1", "--format", "pt2", "--out", "{tmp}/a.pt2"),
-            "a folded network is exported to onnx, got 'pt2'",
+            "a network whose gates look at the input is exported to onnx, got 'pt2'",
         ),
     ],
 )
@@ -451,3 +468,31 @@ def test_a_search_starts_from_weights_with_a_classifier_of_its_own(tmp_path, say
             assert torch.equal(value, pretrained[name]), name
     seen = json.loads((tmp_path / "run" / "options.json").read_text())["data"]
     assert (seen["mean"], seen["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def test_what_a_resumed_run_lacks_and_how_data_are_divided_is_told(tmp_path, capsys):
+    short = ["search", *SMALL, "--out", str(tmp_path / "run")]
+    assert cli.main([*short, "--resume"]) == 0
+    told = capsys.readouterr().err
+    data = datasets.load("digits").subset(256, seed=0)
+    parts = [len(part) for part in (data.train, data.validation, data.test)]
+    assert "digits: {:,} images to train on, {:,} to choose by, {:,} to test on".format(*parts) in told
+    assert f"{tmp_path / 'run'} holds no run to resume: it begins anew" in told
+    assert json.loads((tmp_path / "run" / "options.json").read_text())["data"]["classes"] == [str(n) for n in range(10)]
+
+
+def test_help_tells_what_an_option_is_unless_given(capsys):
+    assert cli.main(["search", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for name, number in DEFAULTS["score"].items():
+        conditional = DEFAULTS["conditional"][name]
+        assert f"{number} (score), {DEFAULTS['gumbel'][name]} (gumbel), {conditional} (conditional)." in told
+    assert cli.main(["search", "--epoch", "3", "--budget", "macs<=50%"]) == 2  # no flag is taken for another
+    assert "--epoch" in capsys.readouterr().err
+
+
+def test_an_architecture_is_not_asked_of_a_file(runs, capsys):
+    assert cli.main(["measure", str(runs.finished / "network.onnx"), "--architecture", "full"]) == 2
+    assert "--architecture is of a space or a run, got it beside" in capsys.readouterr().err
+    assert cli.main(["measure", str(runs.finished / "network.onnx")]) == 0
+    assert "onnxruntime, 1 thread, batch 1" in " ".join(capsys.readouterr().out.replace("│", " ").split())

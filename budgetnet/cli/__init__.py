@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,7 @@ from budgetnet.cli.measure import measure_command
 from budgetnet.cli.report import report_command
 from budgetnet.cli.search import search_command
 from budgetnet.errors import BudgetnetError, ConfigError, UnreachableBudget
+from budgetnet.version import __version__
 
 OK, WRONG, UNREACHABLE, INTERRUPTED = 0, 2, 3, 130
 
@@ -22,6 +24,9 @@ OK, WRONG, UNREACHABLE, INTERRUPTED = 0, 2, 3, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 2 wrong request, 3 budget out of reach, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(__version__)
+        return OK
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
         return OK if arguments else WRONG
@@ -41,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except jsonargparse.ArgumentError as error:
         errors.print(f"budgetnet {arguments[0]}: {one_line(str(error))}")
         return WRONG
-    except KeyboardInterrupt:
-        errors.print("budgetnet: interrupted; the same command with --resume and --out RUN goes on from there")
+    except KeyboardInterrupt as interrupt:
+        how = "; the same command with --resume --out {} goes on from there".format
+        errors.print(f"budgetnet: interrupted{how(shlex.quote(str(interrupt))) if interrupt.args else ''}")
         return INTERRUPTED
     return OK
 

@@ -43,6 +43,7 @@ def evaluate_command(arguments: list[str]) -> None:
     parser.add_argument("--data", type=str | None, default=None, help="the run's own unless given")
     parser.add_argument("--root", default="data", help="folder of the named datasets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--space", metavar="FILE.py:FUNCTION", help="of a run that was learned in a space of its own")
     given = parser.parse_args(rest)
     run = RunFolder(target)
     result = run.read("result.json") if (run.path / "result.json").exists() else None

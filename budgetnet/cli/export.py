@@ -38,11 +38,14 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--data", type=str | None, default=None, help="to fold on: the run's own unless given")
     parser.add_argument("--root", default="data", help="folder of the named datasets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--space", metavar="FILE.py:FUNCTION", help="of a run that was learned in a space of its own")
     given = parser.parse_args(rest)
     if given.format not in FORMATS:
         raise ConfigError(f"format must be {' or '.join(FORMATS)}, got {given.format!r}")
     run = RunFolder(target)
     decided = decided_by_input(run.read("result.json"), run)
+    if decided is not None and given.format != "onnx":
+        raise ConfigError(f"a network whose gates look at the input is exported to onnx, got {given.format!r}")
     source, out = run.path / f"network.{given.format}", Path(given.out or f"network.{given.format}")
     if out.suffix != source.suffix:
         raise ConfigError(f"a file of format {given.format} ends in {source.suffix}, got {out}")
@@ -51,8 +54,6 @@ def export_command(arguments: list[str]) -> None:
     if given.fold is not None:
         if decided is None:
             raise ConfigError(f"--fold takes a run whose gates look at the input, got {target}")
-        if given.format != "onnx":
-            raise ConfigError(f"a folded network is exported to onnx, got {given.format!r}")
         _fold(run, decided.share("tau"), out, own, given)
         return
     load(source)  # a broken file is not passed on

@@ -19,6 +19,7 @@ def parser_of(command: str, description: str, space: str, first: str) -> jsonarg
         prog=f"budgetnet {command} {first}",
         description=description,
         exit_on_error=False,
+        allow_abbrev=False,
         epilog=f"spaces: {', '.join(spaces.BY_NAME)}, or path/to/file.py:function"
         if "SPACE" in first or space
         else None,

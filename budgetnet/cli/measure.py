@@ -37,6 +37,7 @@ def measure_command(arguments: list[str]) -> None:
         "--architecture", type=str | None, default=None, help="a sub-network: a name or an architecture.json"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--space", metavar="FILE.py:FUNCTION", help="of a run that was learned in a space of its own")
     given = parser.parse_args(rest)
     if own and not Path(target).is_dir():
         raise ConfigError(f"--space says what space of your own a run folder is of, got {own!r} beside {target!r}")
@@ -53,6 +54,8 @@ def measure_command(arguments: list[str]) -> None:
             kept = named(network, given.architecture or str(Path(target) / "architecture.json"))
             found = measure_network(network, kept, asked or _defaults(network))
     elif Path(target).suffix.removeprefix(".") in FORMATS:
+        if given.architecture is not None:
+            raise ConfigError(f"--architecture is of a space or a run, got it beside {target!r}")
         found = measure_file(target, asked)
     else:
         known = ", ".join(spaces.BY_NAME)
@@ -60,9 +63,12 @@ def measure_command(arguments: list[str]) -> None:
     if given.json:
         print(json.dumps(found))
         return
+    how = found.get("latency_ms", {})
+    way = f", {how['runtime']}, {how['threads']} thread, batch {how['batch']}" if how else ""
     table = Table("cost", "value", "exactly")
     for name, value in found["costs"].items():
-        table.add_row(escape(name), quantity(value, found["units"][name]), f"{value:,}")
+        label = escape(name) + way * (name == "latency")
+        table.add_row(label, quantity(value, found["units"][name]), f"{value:,}")
     Console().print(table)
 
 

@@ -17,7 +17,7 @@ from budgetnet.cli.flags import numbers_in, parser_of, take
 from budgetnet.console import Bars, quantity
 from budgetnet.delivery import Found
 from budgetnet.errors import ConfigError
-from budgetnet.options import SearchOptions
+from budgetnet.options import DEFAULTS, SearchOptions
 from budgetnet.search import search
 from budgetnet.weights import MEAN, STD, classifies_alike, load_torchvision, read_weights
 
@@ -27,6 +27,10 @@ def search_command(arguments: list[str]) -> None:
     space, rest = take(arguments, "--space", "resnet_fabric")
     parser = parser_of("search", "Learns a network that keeps its budget.", space, "--space NAME")
     parser.add_class_arguments(SearchOptions, None)
+    for action in parser._actions:
+        if action.dest in DEFAULTS["score"]:
+            values = ", ".join(f"{own[action.dest]} ({kind})" for kind, own in DEFAULTS.items())
+            action.help = f"{action.help} Unless given: {values}."
     parser.add_argument("--data", default="digits", help=f"{', '.join(datasets.NAMES)}, or a folder of images")
     parser.add_argument("--root", default="data", help="folder of the named datasets")
     parser.add_argument("--image_size", type=int | None, default=None, help="resize images to this side")
@@ -109,6 +113,8 @@ def _tell(found: Found) -> None:
     quality = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result["test"].items() if name != "loss")
     console.print(f"test {quality}", highlight=False)
     for name in ("network.onnx", "network.pt2", "report.html"):
-        if not (found.run / name).exists():  # branches are exported to ONNX alone
-            continue
-        console.print(f"{found.run / name}", highlight=False, soft_wrap=True)
+        if (found.run / name).exists():  # branches are exported to ONNX alone
+            console.print(f"{found.run / name}", highlight=False, soft_wrap=True)
+    if "inference" in result:
+        note = "gates look at the input: the .onnx takes one image at a time, and there is no .pt2"
+        console.print(note, soft_wrap=True)
