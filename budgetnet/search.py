@@ -95,11 +95,7 @@ def search(
     device = resolve_device(options.device)
     dtype = resolve_precision(options.precision, device)
     asked_for = provenance(space, data, asked, options, fixed, command, device, dtype)
-    if progress:
-        parts = (len(data.train), len(data.validation), len(data.test))
-        progress.say("{}: {:,} images to train on, {:,} to choose by, {:,} to test on".format(data.name, *parts))
-        if resume and not (run.path / "options.json").exists():
-            progress.say(f"{run.path} holds no run to resume: it begins anew")
+    began = (run.path / "options.json").exists()
     run.create(asked_for, resume=resume)
     for budget in bound:
         if isinstance(budget.model, LearningModel):
@@ -110,6 +106,10 @@ def search(
     try:
         session.take_up()
         if progress:
+            parts = (len(data.train), len(data.validation), len(data.test))
+            progress.say("{}: {:,} images to train on, {:,} to choose by, {:,} to test on".format(data.name, *parts))
+            if resume and not began:
+                progress.say(f"{run.path} held no run to resume: it begins anew")
             progress.begin(limits, options)
         while session.epoch < options.epochs:
             session.run_epoch(progress)

@@ -477,7 +477,7 @@ def test_what_a_resumed_run_lacks_and_how_data_are_divided_is_told(tmp_path, cap
     data = datasets.load("digits").subset(256, seed=0)
     parts = [len(part) for part in (data.train, data.validation, data.test)]
     assert "digits: {:,} images to train on, {:,} to choose by, {:,} to test on".format(*parts) in told
-    assert f"{tmp_path / 'run'} holds no run to resume: it begins anew" in told
+    assert f"{tmp_path / 'run'} held no run to resume: it begins anew" in told
     assert json.loads((tmp_path / "run" / "options.json").read_text())["data"]["classes"] == [str(n) for n in range(10)]
 
 
@@ -495,4 +495,4 @@ def test_an_architecture_is_not_asked_of_a_file(runs, capsys):
     assert cli.main(["measure", str(runs.finished / "network.onnx"), "--architecture", "full"]) == 2
     assert "--architecture is of a space or a run, got it beside" in capsys.readouterr().err
     assert cli.main(["measure", str(runs.finished / "network.onnx")]) == 0
-    assert "onnxruntime, 1 thread, batch 1" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "\nlatency: onnxruntime, 1 thread, batch 1\n" in capsys.readouterr().out

@@ -37,7 +37,9 @@ def measure_command(arguments: list[str]) -> None:
         "--architecture", type=str | None, default=None, help="a sub-network: a name or an architecture.json"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--space", metavar="FILE.py:FUNCTION", help="of a run that was learned in a space of its own")
+    if not space:  # whose own options are --space.NAME
+        own_space = "of a run that was learned in a space of its own"
+        parser.add_argument("--space", metavar="FILE.py:FUNCTION", help=own_space)
     given = parser.parse_args(rest)
     if own and not Path(target).is_dir():
         raise ConfigError(f"--space says what space of your own a run folder is of, got {own!r} beside {target!r}")
@@ -63,13 +65,13 @@ def measure_command(arguments: list[str]) -> None:
     if given.json:
         print(json.dumps(found))
         return
-    how = found.get("latency_ms", {})
-    way = f", {how['runtime']}, {how['threads']} thread, batch {how['batch']}" if how else ""
     table = Table("cost", "value", "exactly")
     for name, value in found["costs"].items():
-        label = escape(name) + way * (name == "latency")
-        table.add_row(label, quantity(value, found["units"][name]), f"{value:,}")
+        exactly = f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+        table.add_row(escape(name), quantity(value, found["units"][name]), exactly)
     Console().print(table)
+    if how := found.get("latency_ms"):
+        print(f"latency: {how['runtime']}, {how['threads']} thread, batch {how['batch']}")
 
 
 def _defaults(network: SuperNetwork) -> list[str]:
