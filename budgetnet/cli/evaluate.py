@@ -9,7 +9,7 @@ from rich.table import Table
 
 from budgetnet.cli.building import space_of_run
 from budgetnet.cli.finished import data_of_run, decided_by_input, shown
-from budgetnet.cli.flags import costs_in, parser_of, positional, take
+from budgetnet.cli.flags import costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity
 from budgetnet.delivery import evaluate_architecture, evaluate_gates, restored
 from budgetnet.inference import POLICIES, Inference
@@ -43,7 +43,7 @@ def evaluate_command(arguments: list[str]) -> None:
     parser.add_argument("--data", type=str | None, default=None, help="the run's own unless given")
     parser.add_argument("--root", default="data", help="folder of the named datasets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--space", metavar="FILE.py:FUNCTION", help="of a run that was learned in a space of its own")
+    show_space(parser)
     given = parser.parse_args(rest)
     run = RunFolder(target)
     result = run.read("result.json") if (run.path / "result.json").exists() else None

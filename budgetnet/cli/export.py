@@ -12,7 +12,7 @@ from rich.table import Table
 from budgetnet import data as datasets
 from budgetnet.cli.building import space_of_run
 from budgetnet.cli.finished import data_of_run, decided_by_input, shown
-from budgetnet.cli.flags import parser_of, positional, take
+from budgetnet.cli.flags import parser_of, positional, show_space, take
 from budgetnet.conditional import export_fastest
 from budgetnet.delivery import TIMED, fold_gates, restored
 from budgetnet.errors import ConfigError
@@ -38,7 +38,7 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--data", type=str | None, default=None, help="to fold on: the run's own unless given")
     parser.add_argument("--root", default="data", help="folder of the named datasets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--space", metavar="FILE.py:FUNCTION", help="of a run that was learned in a space of its own")
+    show_space(parser)
     given = parser.parse_args(rest)
     if given.format not in FORMATS:
         raise ConfigError(f"format must be {' or '.join(FORMATS)}, got {given.format!r}")

@@ -32,6 +32,11 @@ def parser_of(command: str, description: str, space: str, first: str) -> jsonarg
     return parser
 
 
+def show_space(parser: jsonargparse.ArgumentParser) -> None:
+    """Lists in a command's help the flag that `take` has taken already."""
+    parser.add_argument("--space", metavar="FILE.py:FUNCTION", help="of a run that was learned in a space of its own")
+
+
 def take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]]:
     """The value of a flag that decides which other flags there are, and the arguments without it."""
     value, rest, words = default, [], iter(arguments)

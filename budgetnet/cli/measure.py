@@ -14,7 +14,7 @@ from rich.table import Table
 from budgetnet import spaces
 from budgetnet.architectures import named
 from budgetnet.cli.building import build, space_of_run
-from budgetnet.cli.flags import costs_in, parser_of, positional, take
+from budgetnet.cli.flags import costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity
 from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS
@@ -38,8 +38,7 @@ def measure_command(arguments: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     if not space:  # whose own options are --space.NAME
-        own_space = "of a run that was learned in a space of its own"
-        parser.add_argument("--space", metavar="FILE.py:FUNCTION", help=own_space)
+        show_space(parser)
     given = parser.parse_args(rest)
     if own and not Path(target).is_dir():
         raise ConfigError(f"--space says what space of your own a run folder is of, got {own!r} beside {target!r}")
