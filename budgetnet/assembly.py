@@ -197,7 +197,7 @@ class Assembler:
         module = self.network.modules_on_edges[edge]
         if not isinstance(module, GatedSequential):
             return self.folded[edge], None, None
-        plain, into, out = module.narrowed(bits)
+        plain, into, out = module.narrowed(bits.to(self.network.gates.values.device))
         return fold_batch_norm(plain), into, out
 
     def _export(self) -> None:

@@ -38,6 +38,8 @@ OWN_SCALES = {
 """What may stand behind a limit in these units, in place of `SCALES`."""
 TOLERANCE = 0.05
 """A target counts as met within this share of it."""
+SURELY = 1.5
+"""A limit on what is only predicted is refused where no network is predicted to come within so many times of it."""
 
 
 class CostModel(Protocol):
@@ -177,6 +179,11 @@ class BoundBudget:
         excess = cost / limit - 1
         return hinge(excess) if self.upper else squared(excess)
 
+    def unsure(self, low: float, high: float) -> bool:
+        """Whether a cost that is measured anew, expected in [low, high], may turn out kept or not."""
+        edges = [self.limit] if self.upper else [self.limit * (1 - TOLERANCE), self.limit * (1 + TOLERANCE)]
+        return low < high and any(low <= edge <= high for edge in edges)
+
     def met(self, cost: Tensor) -> Tensor:
         """Whether `(B,)` costs keep the budget, bool."""
         if self.upper:
@@ -254,8 +261,15 @@ def cost_name(cost: Cost) -> str:
     return f"{name}[{','.join(f'{field.name}={getattr(cost, field.name)}' for field in changed)}]"
 
 
-def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> list[dict[str, Any]]:
+def check_reachable(
+    network: SuperNetwork, budgets: Sequence[BoundBudget], *, refuse: bool = True
+) -> list[dict[str, Any]]:
     """The cost of the smallest, the expected and the full network beside each limit, as measured where it can be.
+
+    Args:
+        network: the space.
+        budgets: of it.
+        refuse: whether an error is raised; a run that is gone on with was in reach when it began.
 
     Returns:
         For each budget `{"cost", "unit", "limit", "smallest", "bound", "expected", "alike", "full"}`; the expected cost
@@ -278,15 +292,17 @@ def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> li
         costs, monotone = budget.model(sampled), bool(getattr(budget.model, "monotone", True))
         if not monotone:
             smallest = min([smallest, budget.full, *costs[network.connects(sampled)].tolist()])
+        elif (trained := getattr(budget.model, "trained", None)) is not None:
+            smallest = least = float(trained(cheapest))
         elif isinstance(budget.model, MeasuredModel):
             found = budget.model.measure(cheapest)[0]
             smallest, least = found.value, found.low
-        if monotone and least > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
+        if refuse and monotone and least > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
             raise UnreachableBudget(
                 f"{budget.name} must be {'at most' if budget.upper else 'near'} {budget.limit:.6g} {budget.unit}, but "
                 f"the smallest network of {network.name} takes {smallest:.6g}: {_binding(network, budget, path)}"
             )
-        if monotone and not budget.upper and budget.full < budget.limit * (1 - TOLERANCE):
+        if refuse and monotone and not budget.upper and budget.full < budget.limit * (1 - TOLERANCE):
             raise UnreachableBudget(
                 f"{budget.name} must come to {budget.limit:.6g} {budget.unit}, but the full network of {network.name} "
                 f"takes only {budget.full:.6g}"
@@ -303,7 +319,17 @@ def check_reachable(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> li
                 "full": budget.full,
             }
         )
-    if fitting_path(network, budgets) is None:
+    if not refuse:
+        return rows
+    surely = [replace(b, limit=SURELY * b.limit) if isinstance(b.model, MeasuredModel) else b for b in budgets]
+    if fitting_path(network, surely) is None:
+        for budget in budgets:
+            if fitting_path(network, [budget]) is None and not isinstance(budget.model, MeasuredModel):
+                path = network.used(budget.cheapest(network))
+                raise UnreachableBudget(
+                    f"{budget.name} must be at most {budget.limit:.6g} {budget.unit}, but no network of "
+                    f"{network.name} takes so little: {_binding(network, budget, path)}"
+                )
         together = ", ".join(f"{budget.name}<={budget.limit:.6g}" for budget in budgets if budget.upper)
         raise UnreachableBudget(
             f"each limit can be kept alone, but no network of {network.name} keeps them together: {together}"

@@ -307,11 +307,9 @@ class Controller:
         """All that `step` changes but the network's own state: to be saved beside it, between two steps."""
         tensors, state = self.steering.state()
         tensors = {name: value.detach().clone() for name, value in tensors.items()}
-        limits = [{"limit": budget.limit, "full": budget.full} for budget in self.steering.budgets]
         own = {
             "steps": self.steps,
             "asked": self._asked,
-            "limits": limits,
             "outcomes": self.outcomes,
             "tau": self.tau,
         }
@@ -327,13 +325,10 @@ class Controller:
         steps, asked, tensors = record.whole("steps"), record.whole("asked"), record.record("tensors").values
         if steps < 0 or not all(isinstance(value, Tensor) for value in tensors.values()):
             raise FileError(f"{record.file} must hold tensors and steps >= 0, got step {steps}")
-        limits = [(each.number("limit"), each.number("full")) for each in record.records("limits")]
-        if len(limits) != len(self.steering.budgets):
-            raise FileError(f"{record.file} must have {len(self.steering.budgets)} limits, got {len(limits)}")
         outcomes, tau = [dict(each.values) for each in record.records("outcomes")], record.maybe_share("tau")
         self.steering.load_state({name: value.cpu() for name, value in tensors.items()}, state)
-        pairs = zip(self.steering.budgets, limits, strict=True)  # what was measured may be something else by now
-        self.steering.budgets = tuple(replace(budget, limit=limit, full=full) for budget, (limit, full) in pairs)
+        pairs = zip(self.limits, self.steering.budgets, strict=True)
+        self.limits = [{**row, "limit": budget.limit, "full": budget.full} for row, budget in pairs]
         self.outcomes, self.tau = outcomes, tau
         self.steps, self._asked, self._examples, self._lost = steps, asked, None, False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from budgetnet import report
 from budgetnet.architectures import named
-from budgetnet.budgets import BoundBudget, CostModel, cost_name, parse_cost
+from budgetnet.budgets import BoundBudget, cost_name, parse_cost
 from budgetnet.conditional import (
     ConditionalNetwork,
     conditional,
@@ -27,14 +27,14 @@ from budgetnet.conditional import (
     tune_fastest,
 )
 from budgetnet.costs import MACs
-from budgetnet.costs.additive import EdgeCost
-from budgetnet.costs.measured import LearningModel, MeasuredModel
+from budgetnet.costs.measured import LearningModel, Measured, MeasuredModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.evaluation import evaluate, recalibrate
 from budgetnet.export import difference, export, file_latency, load
 from budgetnet.extraction import count, extract, fold_batch_norm, state_bytes
 from budgetnet.inference import Inference, Observed, exit_table, observe, settled_threshold
+from budgetnet.measure import cost_of, extracted
 from budgetnet.runs import RunFolder, load_tensors
 from budgetnet.session import Session
 from budgetnet.sites import Threshold
@@ -213,10 +213,9 @@ def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:
     model = extracted(budget.model)
     if not isinstance(model, MeasuredModel):
         return reached(budget, float(model(used)[0]))
-    times = sorted((model.measure(kept)[0] for _ in range(3)), key=lambda one: one.value)
-    middle, notes = times[1], list(getattr(model, "notes", {}).values())
-    told = {"low": middle.low, "high": middle.high, "noise": middle.low <= budget.limit <= middle.high, "notes": notes}
-    told["predicted"] = float(model(used)[0])
+    middle = Measured.middle([model.measure(kept)[0] for _ in range(3)])
+    told: dict[str, Any] = {**middle.told(), "noise": budget.unsure(middle.low, middle.high)}
+    told |= {"notes": list(getattr(model, "notes", {}).values()), "predicted": float(model(used)[0])}
     if isinstance(model, LearningModel):
         told["error"] = model.error
     return {**reached(budget, middle.value), **told}
@@ -368,17 +367,11 @@ def evaluate_architecture(
     batches = Batches(data.test, batch_size=batch_size, shuffle=False)
     plain = load(run.path / "network.pt2")
     asked = [parse_cost(text) for text in costs]
-    used = network.used(kept)
     return {
         "policy": "chosen",
         "tau": None,
         "quality": evaluate(plain, batches.epoch(0), classes=data.num_classes, ignore=data.ignore),
-        "costs": {cost_name(cost): float(extracted(cost.bind(network))(used)[0]) for cost in asked},
+        "costs": {cost_name(cost): cost_of(cost, network, kept, decided=True).value for cost in asked},
         "units": {cost_name(cost): cost.unit for cost in asked},
         "activation": float(kept.mean()),
     }
-
-
-def extracted(model: CostModel) -> CostModel:
-    """The same cost of what is extracted, which has nothing left to decide."""
-    return replace(model, per_head={}) if isinstance(model, EdgeCost) else model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from budgetnet.budgets import parse_cost
+from budgetnet.budgets import Cost, CostModel, parse_cost
 from budgetnet.costs import Function, Latency
+from budgetnet.costs.additive import EdgeCost
 from budgetnet.costs.file_size import FileSize
-from budgetnet.costs.measured import MeasuredModel
+from budgetnet.costs.measured import Measured
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import file_latency, load, load_program
 from budgetnet.extraction import state_bytes
@@ -40,28 +42,46 @@ def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -
         costs: as written in budgets; those that a real network shows are measured.
 
     Returns:
-        `{"costs": {"macs": 40899200, ...}, "units": {"macs": "MAC", ...}}`, keys as asked.
+        `{"costs": {"macs": 40899200, ...}, "units": {"macs": "MAC", ...}, "measured": {"latency": {"low", ...}, ...}}`,
+        keys as asked; the last of what differs from call to call: "low" and "high", between which it is expected
+        again, and of a time "p10" and "p90", between which 8 of 10 calls took.
 
     Raises:
         ConfigError: a cost is unknown, or the architecture connects nothing.
     """
-    used = network.used(kept)
-    if not bool(network.connects(used)[0]):
+    if not bool(network.connects(network.used(kept))[0]):
         raise ConfigError("an architecture to measure must connect input and output, got one that does not")
     values: dict[str, float] = {}
     units: dict[str, str] = {}
+    measured: dict[str, dict[str, float]] = {}
     for text in costs:
         cost = parse_cost(text)
-        if isinstance(cost, Latency | Function):
-            value = cost.measured(network, kept).value
-        else:
-            model = cost.bind(network)
-            if isinstance(model, FileSize):
-                value = float(model.trained(kept))
-            else:
-                value = model.measure(kept)[0].value if isinstance(model, MeasuredModel) else float(model(used)[0])
-        values[text], units[text] = int(value) if value.is_integer() else value, cost.unit
-    return {"costs": values, "units": units}
+        found = cost_of(cost, network, kept)
+        if found.low < found.high:
+            measured[text] = found.told()
+        values[text], units[text] = int(found.value) if found.value.is_integer() else found.value, cost.unit
+    return {"costs": values, "units": units, "measured": measured}
+
+
+def cost_of(cost: Cost, network: SuperNetwork, kept: Tensor, *, decided: bool = False) -> Measured:
+    """What one architecture, `(1, G)`, costs; of its file with weights that were trained.
+
+    Args:
+        cost: that a real network shows, or that is counted.
+        network: the space.
+        kept: connects input and output.
+        decided: whether it is of what is extracted, which has nothing left to decide.
+    """
+    if isinstance(cost, Latency | Function):
+        return cost.measured(network, kept)
+    model = extracted(cost.bind(network)) if decided else cost.bind(network)
+    value = float(model.trained(kept) if isinstance(model, FileSize) else model(network.used(kept))[0])
+    return Measured(value, value, value)
+
+
+def extracted(model: CostModel) -> CostModel:
+    """The same cost of what is extracted, which has nothing left to decide."""
+    return replace(model, per_head={}) if isinstance(model, EdgeCost) else model
 
 
 def measure_file(path: str | Path, costs: Sequence[str] = ()) -> dict[str, Any]:
@@ -75,8 +95,7 @@ def measure_file(path: str | Path, costs: Sequence[str] = ()) -> dict[str, Any]:
         costs: of `FILE_COSTS`; none for all that it has.
 
     Returns:
-        `{"costs", "units"}` as `measure_network`, and with latency `"latency_ms": {"median", "p10", "p90", "runtime",
-        "threads", "batch"}`.
+        As `measure_network`.
 
     Raises:
         ConfigError: a cost cannot be measured of a file, or of one that computes what its input needs.
@@ -105,16 +124,15 @@ def measure_file(path: str | Path, costs: Sequence[str] = ()) -> dict[str, Any]:
     if not all(shape):
         raise FileError(f"{path} must say what size of images it takes, got {shape}")
     asked = list(costs) or [text for text in FILE_COSTS if text in counted or text == "latency"]
-    told: dict[str, Any] = {}
+    measured: dict[str, dict[str, float]] = {}
     if "latency" in asked:
         timing = file_latency(path, torch.zeros(1, *shape), threads=1)
-        runtime = "onnxruntime" if path.suffix == ".onnx" else "torch"
         counted["latency"] = timing["median"]
-        told["latency_ms"] = {**timing, "runtime": runtime, "threads": 1, "batch": 1}
+        measured["latency"] = {name: timing[name] for name in ("p10", "p90")}
     return {
         "costs": {text: counted[text] for text in asked},
         "units": {text: FILE_COSTS[text] for text in asked},
-        **told,
+        "measured": measured,
     }
 
 

@@ -51,9 +51,14 @@ class RunFolder:
             if name:
                 raise ConfigError(f"{self.path} was begun with {name} {old!r}; to resume it give the same, got {new!r}")
 
+    @property
+    def begun(self) -> bool:
+        """Whether it holds a run."""
+        return (self.path / "options.json").exists()
+
     def check(self, *, resume: bool) -> None:
         """Raises ConfigError where no run may be started in the folder, or there is a run and `resume` is off."""
-        if not (self.path / "options.json").exists():
+        if not self.begun:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 what = "a run to resume has its options.json" if resume else "a new run needs a new or empty folder"
                 raise ConfigError(f"{what}, got {self.path}")

@@ -84,8 +84,10 @@ def search(
             progress.say(f"{budget.name}: {budget.model.notes['fit']}")
     if architecture is None:
         check_steerable(network, bound, options)
-    limits = check_reachable(network, bound)
-    check_together(network, bound)
+    begun = resume and run.begun
+    limits = check_reachable(network, bound, refuse=not begun)
+    if not begun:
+        check_together(network, bound)
     fixed = named(space, architecture) if isinstance(architecture, str) else architecture
     if fixed is not None:
         # nothing larger is there to learn from
@@ -95,7 +97,6 @@ def search(
     device = resolve_device(options.device)
     dtype = resolve_precision(options.precision, device)
     asked_for = provenance(space, data, asked, options, fixed, command, device, dtype)
-    began = (run.path / "options.json").exists()
     run.create(asked_for, resume=resume)
     for budget in bound:
         if isinstance(budget.model, LearningModel):
@@ -105,10 +106,12 @@ def search(
     session = Session(run, data, learner, options)
     try:
         session.take_up()
+        pairs = zip(limits, session.budgets, strict=True)  # as they were when the run began
+        limits = [{**row, "limit": budget.limit, "full": budget.full} for row, budget in pairs]
         if progress:
             parts = (len(data.train), len(data.validation), len(data.test))
             progress.say("{}: {:,} images to train on, {:,} to choose by, {:,} to test on".format(data.name, *parts))
-            if resume and not began:
+            if resume and not begun:
                 progress.say(f"{run.path} held no run to resume: it begins anew")
             progress.begin(limits, options)
         while session.epoch < options.epochs:

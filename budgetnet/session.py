@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from budgetnet.architectures import describe
+from budgetnet.budgets import BoundBudget
 from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.errors import FileError
@@ -54,7 +55,7 @@ class Session:
     def __init__(self, run: RunFolder, data: Dataset, learner: Learner, options: SearchOptions) -> None:
         self.run, self.data, self.learner, self.options = run, data, learner, learner.options
         options = learner.options
-        self.network, self.budgets = learner.network, learner.budgets
+        self.network = learner.network
         common: dict[str, Any] = {"batch_size": options.batch_size, "device": learner.device}
         self.train = Batches(data.train, augmentation=data.augmentation, seed=options.seed, **common)
         self.validation = Batches(data.validation, shuffle=False, **common)
@@ -63,6 +64,11 @@ class Session:
         self.images, self.seconds = 0, 0.0
         self.candidates: list[dict[str, Any]] = []
         self.fixed = learner.chosen is not None  # no search: this architecture is trained from the start
+
+    @property
+    def budgets(self) -> tuple[BoundBudget, ...]:
+        """Of this network, their limits as they were when the run began."""
+        return self.learner.budgets
 
     @property
     def taught(self) -> int:

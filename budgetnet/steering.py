@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -319,7 +319,9 @@ class Steering:
             tensors["chosen"] = self.chosen
         prices = [{"value": price.value, "accumulated": price.accumulated} for price in self.prices]
         targets = [{"value": target.value, "seen": target.seen} for target in self.targets]
-        return tensors, {"prices": prices, "targets": targets, "starts": self.starts, "average": self.average}
+        limits = [{"limit": budget.limit, "full": budget.full} for budget in self.budgets]
+        state = {"limits": limits, "prices": prices, "targets": targets, "starts": self.starts, "average": self.average}
+        return tensors, state
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Takes up what `state` gave.
@@ -338,6 +340,11 @@ class Steering:
         for place, model in self._fits().items():
             model.fit.take(sums[f"costs.{place}"])
         record = Record(dict(state), "the checkpoint")
+        limits = [(each.number("limit"), each.number("full")) for each in record.records("limits")]
+        if len(limits) != len(self.budgets):
+            raise FileError(f"the checkpoint must have {len(self.budgets)} limits, got {len(limits)}")
+        pairs = zip(self.budgets, limits, strict=True)  # what was measured may be something else by now
+        self.budgets = tuple(replace(budget, limit=limit, full=full) for budget, (limit, full) in pairs)
         self.starts = list(record.numbers("starts"))
         self.average = None if state.get("average") is None else record.number("average")
         values = [(price.number("value"), price.number("accumulated")) for price in record.records("prices")]

@@ -87,6 +87,11 @@ def quantile_share(name: str) -> float:
     return 0.5 if match is None else float(match[1]) / 100
 
 
+def enough(share: float, calls: int) -> int:
+    """At least `calls`, and so many that all of them lie on one side of a quantile in 2 of 100 times only."""
+    return max(calls, math.ceil(4 / min(share, 1 - share)))
+
+
 def _timing(calls: np.ndarray, interrupted: np.ndarray) -> Timing:
     alone = calls[~interrupted]
     return Timing(alone if len(alone) >= ENOUGH else calls, float(interrupted.mean()))

@@ -199,3 +199,17 @@ def test_a_budget_of_a_network_of_one_s_own():
     bound = Budget.parse("macs<=50%").bind(network)
     assert bound.full == 4 + 4 + 4  # two convolutions of 4 pixels and their sum
     assert bound.met(bound.model(network.used(every(2)))).tolist() == [True, True, True, False]
+
+
+def test_a_measured_cost_is_unsure_where_it_may_turn_out_either_way():
+    """Of a target both ends of what counts as met; not where every measurement is the same."""
+    network = conv_fabric(width=2, channels=4, image_size=8)
+    limit = Budget(MACs(), at_most=100).bind(network)
+    assert limit.unsure(99, 101)
+    assert not limit.unsure(90, 99)
+    assert not limit.unsure(101, 110)
+    assert not limit.unsure(100, 100)
+    target = Budget(MACs(), target=100).bind(network)
+    assert target.unsure(104, 106)
+    assert target.unsure(94, 96)
+    assert not target.unsure(99, 101)

@@ -810,3 +810,30 @@ def test_a_run_with_a_function_is_taken_up_where_it_stopped(file, monkeypatch, c
     capsys.readouterr()
     assert run("--budget", f"{file}:weight<=50%", "--resume") == cli.WRONG
     assert "was begun with budgets" in capsys.readouterr().err
+
+
+def test_a_limit_in_percent_of_a_noisy_cost_stays_what_it_was(file, monkeypatch, capsys):
+    """Though the full network, of which it is a share, costs more by the time that the run is gone on with."""
+    from budgetnet import training
+
+    def stopped(*arguments, **options):
+        steps.append(None)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        step(*arguments, **options)
+
+    budget = ["--budget", f"{file}:latency<=70%"]
+    steps, step = [], training.Learner.step
+    monkeypatch.setattr(training.Learner, "step", stopped)
+    assert run(*budget) == cli.INTERRUPTED
+    before = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    monkeypatch.setattr(training.Learner, "step", step)
+    Path(file).write_text(FILE.replace("return 1 + ", "return 5 + "))
+    capsys.readouterr()
+    assert run(*budget, "--resume") == 0
+    result = json.loads(capsys.readouterr().out)
+    after = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert len(after) > len(before) > 0
+    limits = {line["budgets"][0]["limit"] for line in after}
+    assert limits == {line["budgets"][0]["limit"] for line in before}
+    assert limits == {result["budgets"][0]["limit"]} == {result["before"][0]["limit"]}

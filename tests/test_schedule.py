@@ -405,6 +405,11 @@ def test_a_limit_is_refused_only_where_the_smallest_is_known():
     unsure = Budget(Schedule(2, speeds="1:9", link=0.01), at_most="90%").bind(network)
     assert not unsure.model.monotone
     assert check_reachable(network, [unsure])[0]["unit"] == "ms"
+    none = Budget(Schedule(2, speeds="1:9", link=0.01), at_most=1e-6).bind(network)
+    with pytest.raises(
+        UnreachableBudget, match=r"must be at most 1e-06 ms, but no network of conv\w* takes so little: "
+    ):
+        check_reachable(network, [none])
 
 
 # --- the pictures ------------------------------------------------------------------------------------------------

@@ -294,6 +294,7 @@ CHECKPOINTS = [
     Wrong("candidates that are numbers", RESUME, state(candidates=[1])),
     Wrong("a price in words in the checkpoint", RESUME, state(prices=[{"value": "x", "accumulated": 0.0}])),
     Wrong("a negative price in the checkpoint", RESUME, state(prices=[{"value": -1.0, "accumulated": 0.0}])),
+    Wrong("a limit too many", RESUME, state(limits=[{"limit": 1.0, "full": 2.0}] * 2)),
     Wrong("a price too many", RESUME, state(prices=[{"value": 1.0, "accumulated": 0.0}] * 2)),
     Wrong("a search that never began", RESUME, state(starts=[])),
     Wrong(

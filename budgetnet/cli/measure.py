@@ -13,9 +13,11 @@ from rich.table import Table
 
 from budgetnet import spaces
 from budgetnet.architectures import named
+from budgetnet.budgets import parse_cost
 from budgetnet.cli.building import build, space_of_run
 from budgetnet.cli.flags import costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity
+from budgetnet.costs import Latency
 from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS
 from budgetnet.measure import DEFAULT, measure_file, measure_network
@@ -69,8 +71,24 @@ def measure_command(arguments: list[str]) -> None:
         exactly = f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
         table.add_row(escape(name), quantity(value, found["units"][name]), exactly)
     Console().print(table)
-    if how := found.get("latency_ms"):
-        print(f"latency: {how['runtime']}, {how['threads']} thread, batch {how['batch']}")
+    for name, spread in found.get("measured", {}).items():
+        print(f"{name}: {_spread(spread, found['units'][name])}{_setting(name, Path(target))}")
+
+
+def _spread(measured: dict[str, float], unit: str) -> str:
+    """Between which a cost was, and is expected again."""
+    told = {"8 of 10 calls": ("p10", "p90"), "expected again": ("low", "high")}
+    known = {what: [measured[name] for name in names] for what, names in told.items() if names[0] in measured}
+    return ", ".join(f"{what} {quantity(low, unit)} to {quantity(high, unit)}" for what, (low, high) in known.items())
+
+
+def _setting(name: str, target: Path) -> str:
+    """How a latency was taken, where a name or a file leave it open."""
+    cost = parse_cost(name)
+    if not isinstance(cost, Latency):
+        return ""
+    runtime = "torch" if target.suffix == ".pt2" else cost.runtime
+    return f"; {runtime}, threads {cost.threads}, batch {cost.batch}"
 
 
 def _defaults(network: SuperNetwork) -> list[str]:

@@ -18,11 +18,12 @@ from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, 
 from budgetnet.costs.measured import Measured
 from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError
+from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.supernet import SuperNetwork
-from budgetnet.timing import quantile_share
+from budgetnet.timing import Timing, enough, quantile_share
 
-ALONE_CALLS, WHOLE_CALLS = 24, 64
-"""Timed calls of a module by itself, and of a whole network."""
+ALONE_CALLS, WHOLE_CALLS, CALLS = 24, 64, 200
+"""Timed calls of a module by itself, of a whole network that predictions learn from, and of one for what it takes."""
 NETWORKS = {"compiled": 6}
 """Whole networks that are measured before a search: so few where each takes long to build, else 48."""
 EACH_EPOCH = {"compiled": 0}
@@ -102,9 +103,9 @@ class Latency:
         Raises:
             ConfigError: it does not connect input and output.
         """
-        assembler = self.assembler(network)
-        timing, share = assembler.times([assembler.whole(kept)], 200)[0], quantile_share(self.quantile)
-        return Measured(timing.quantile(share), *timing.interval(share))
+        assembler, share, builds = self.assembler(network), quantile_share(self.quantile), builds_of(self.runtime)
+        timings = assembler.times([assembler.whole(kept) for _ in range(builds)], calls_of(share, builds))
+        return Measured.middle([seen_at(timing, share) for timing in timings])
 
     def bind(self, network: SuperNetwork) -> LatencyModel:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
@@ -148,11 +149,14 @@ class LatencyModel:
         self._read()
         self._time_modules()
         self.parts = self._parts()
-        missing = NETWORKS.get(cost.runtime, 48) - len(self.known)
+        known = len(self.known)
+        missing = NETWORKS.get(cost.runtime, 48) - known
         if missing > 0:
             self.refit(widely(network, missing, torch.Generator().manual_seed(0)), judge=False)
         else:
             self._fit()
+        if not known:
+            self._measure_full()
 
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units to `(B,)` float64 milliseconds, with a gradient where `used` has one."""
@@ -170,19 +174,14 @@ class LatencyModel:
         starts = [start for start, _ in self.network.graph.edges]
         return [own + self.base * (start == source) for own, start in zip(self.times.along_path, starts, strict=True)]
 
-    def measure(self, kept: Tensor, *, calls: int = 200) -> list[Measured]:
+    def measure(self, kept: Tensor, *, calls: int = CALLS) -> list[Measured]:
         """What the extracted networks of `(n, G)` architectures take, in turns on this machine.
 
         Each is built several times, and takes what the middle one does; the others widen what is expected again.
         """
-        builds = BUILDS.get(self.cost.runtime, 3)
-        found = self._measured(kept.repeat_interleave(builds, dim=0), -(-calls // builds))[0]
-        groups = [found[place : place + builds] for place in range(0, len(found), builds)]
-        middles = [sorted(group, key=lambda one: one.value)[builds // 2] for group in groups]
-        return [
-            Measured(one.value, min(one.low, *values), max(one.high, *values))
-            for one, values in zip(middles, [[each.value for each in group] for group in groups], strict=True)
-        ]
+        builds = builds_of(self.cost.runtime)
+        found = self._measured(kept.repeat_interleave(builds, dim=0), calls_of(self.share, builds, calls))[0]
+        return [Measured.middle(found[place : place + builds]) for place in range(0, len(found), builds)]
 
     def refit(self, kept: Tensor, *, judge: bool = True) -> None:
         """Measures the networks of `(n, G)` architectures and fits the weights to all measured so far.
@@ -192,7 +191,7 @@ class LatencyModel:
             judge: take the prediction's error from these, before it knows them.
         """
         used = self.network.used(kept)
-        found, speed = self._measured(kept, WHOLE_CALLS)
+        found, speed = self._measured(kept, enough(self.share, WHOLE_CALLS))
         seen = [one.value / speed for one in found]
         before = [time / self.fitted_at for time in self(used).tolist()] if judge else []
         parts = torch.stack([part(used) for part in self.parts.values()], dim=1).tolist()
@@ -228,6 +227,13 @@ class LatencyModel:
         content = json.dumps([self.cost.quantile, edges, nodes, sites])
         return f"{self.cost.quantile} of {network.name} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
+    def _measure_full(self) -> None:
+        """Has the full network, which percents are of, measured as all that is compared with it."""
+        seen = self.measure(self.network.architecture("full"))[0].value / self.speeds[-1]
+        place = self.table.networks.index(self.known[0])
+        self.table.networks[place] = replace(self.known[0], seen=seen)
+        self.save()
+
     def _measured(self, kept: Tensor, calls: int) -> tuple[list[Measured], float]:
         """What networks take, and how slow the machine was meanwhile.
 
@@ -238,12 +244,8 @@ class LatencyModel:
         speed = self._look_at(yard.quantile(0.5), float(np.mean([timing.disturbed for timing in timings])))
         fast, slow = np.clip(np.quantile(self.speeds, (0.1, 0.9)) / self.speed, 1 - WAVER, 1 + WAVER).tolist()
         fast, slow = fast * min(1.0, self.speed / speed), slow * max(1.0, self.speed / speed)
-        intervals = [timing.interval(self.share) for timing in timings]
-        found = [
-            Measured(timing.quantile(self.share), low * fast, high * slow)
-            for timing, (low, high) in zip(timings, intervals, strict=True)
-        ]
-        return found, speed
+        found = [seen_at(timing, self.share) for timing in timings]
+        return [replace(one, low=one.low * fast, high=one.high * slow) for one in found], speed
 
     def _read(self) -> None:
         """Takes up the table's file where there is one, and looks how fast the machine is now."""
@@ -265,16 +267,25 @@ class LatencyModel:
         self.speeds.append(ratio)
         if ratio > SLOWER:
             self.notes["slower"] = f"the machine was {ratio:.2f} times as slow as when the modules were timed"
-        if disturbed > NOISY:
-            self.notes["noisy"] = f"the machine is noisy: other jobs interrupted {100 * disturbed:.0f} % of the calls"
+        if disturbed > min(NOISY, 1 - self.share):  # as many as a quantile leaves out may have been the slow ones
+            told = f"other jobs interrupted {100 * disturbed:.0f} % of the calls, which are left out"
+            self.notes["noisy"] = f"the machine is noisy: {told}"
         return ratio
+
+    def _edge_kind(self, edge: int) -> str:
+        """What the table calls an edge: a module, and between which of its layers channels can be closed."""
+        kind, module = self.modules.edge_kind(edge), self.network.modules_on_edges[edge]
+        if not isinstance(module, GatedSequential):
+            return kind
+        places = [place for place, layer in enumerate(module) if isinstance(layer, ChannelGate)]
+        return f"{kind} gated at {','.join(map(str, places))}"
 
     def _time_modules(self) -> None:
         """Times each kind of module that the table does not have yet."""
         network, modules = self.network, self.modules
         ways = {}
         for edge in modules.edges:
-            kind, site = modules.edge_kind(edge), self.sites.get(edge)
+            kind, site = self._edge_kind(edge), self.sites.get(edge)
             for bits in [torch.zeros(0)] if site is None else openings(site):
                 key = "" if site is None else counts_key(bits, site)
                 if key not in self.table.times.get(kind, {}):
@@ -305,7 +316,7 @@ class LatencyModel:
             return found.setdefault(kind, empty)
 
         for edge in modules.edges:
-            kind, site = modules.edge_kind(edge), self.sites.get(edge)
+            kind, site = self._edge_kind(edge), self.sites.get(edge)
             cost = part(kind)
             if site is None:
                 cost.per_edge[edge] = times[kind][""]
@@ -342,6 +353,21 @@ class LatencyModel:
         self.times = EdgeCost(
             self.network.graph, total("per_edge"), total("per_addition"), total("per_node"), "ms", channels
         )
+
+
+def builds_of(runtime: str) -> int:
+    """How often a network is built to be measured: an odd number."""
+    return BUILDS.get(runtime, 3)
+
+
+def calls_of(share: float, builds: int, calls: int = CALLS) -> int:
+    """Timed calls of each build of a network: so many in all, or what a quantile needs."""
+    return enough(share, -(-calls // builds))
+
+
+def seen_at(timing: Timing, share: float) -> Measured:
+    """A quantile of the calls of one network, and its confidence."""
+    return Measured(timing.quantile(share), *timing.interval(share), timing.quantile(0.1), timing.quantile(0.9))
 
 
 def addition_kind(network: SuperNetwork, node: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -15,11 +16,25 @@ class Measured:
     Attributes:
         value: in the cost's unit.
         low, high: between which a repeated measurement is expected to lie.
+        p10, p90: between which 8 of 10 of its calls took; None where it is no time.
     """
 
     value: float
     low: float
     high: float
+    p10: float | None = None
+    p90: float | None = None
+
+    @classmethod
+    def middle(cls, found: Sequence[Measured]) -> Measured:
+        """The middle one of several, an odd number; what the others say is expected again as well."""
+        values = [each.value for each in found]
+        one = sorted(found, key=lambda each: each.value)[len(found) // 2]
+        return replace(one, low=min(one.low, *values), high=max(one.high, *values))
+
+    def told(self) -> dict[str, float]:
+        """`{"low", "high"}`, and `{"p10", "p90"}` of a time, as in result.json."""
+        return {name: value for name, value in asdict(self).items() if name != "value" and value is not None}
 
 
 @runtime_checkable

@@ -103,12 +103,8 @@ class Outcome:
     high: float | None = None
     predicted: float | None = None
     error: float | None = None  # median relative error of predictions for networks they were not fitted to
+    unsure: bool = False  # whether the limit lies within the noise of the measurement
     notes: tuple[str, ...] = ()  # what was noticed while it was measured
-
-    @property
-    def unsure(self) -> bool:
-        """Whether the limit lies within the noise of the measurement."""
-        return self.low is not None and self.high is not None and self.low <= self.limit <= self.high
 
     @property
     def kept(self) -> bool:
@@ -162,6 +158,7 @@ class Result:
                     at_most="~=" not in sign,
                     met=budget.flag("met"),
                     **{key: budget.maybe_number(key) for key in ("low", "high", "predicted", "error")},
+                    unsure="noise" in budget.values and budget.flag("noise"),
                     notes=tuple(budget.texts("notes")) if "notes" in budget.values else (),
                 )
                 for budget, sign in zip(budgets, signs, strict=True)
