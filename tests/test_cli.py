@@ -101,6 +101,30 @@ def test_a_run_says_how_images_are_seen_and_is_evaluated_in_the_same_way(tmp_pat
     assert say("evaluate", tmp_path / "run")["quality"]["loss"] != pytest.approx(result["test"]["loss"])
 
 
+@pytest.mark.parametrize(("flag", "value"), [("image_size", 16), ("ignore", 255)])
+def test_a_run_is_evaluated_on_images_and_masks_as_it_learned_from_them(flag, value, tmp_path, say):
+    data, space = QUICK, ["resnet_fabric", "--space.width", "1"]
+    if flag == "ignore":
+        data, space = ["--data", road_scenes(tmp_path / "scenes"), *QUICK[4:]], ["conv_fabric", "--space.width", "2"]
+    run = tmp_path / "run"
+    result = say("search", *data, f"--{flag}", value, "--space", *space, "--budget", "macs<=90%", "--out", run)
+    assert say("evaluate", run, *data[:2])["quality"] == pytest.approx(result["test"])
+
+
+def road_scenes(folder: Path) -> Path:
+    """Images of 8 x 8 pixels whose masks are half 255, a value that is no class."""
+    random = np.random.default_rng(0)
+    for part, number in product(("train", "val", "test"), range(4)):
+        for kind in ("images", "masks"):
+            (folder / part / kind).mkdir(parents=True, exist_ok=True)
+            shape = (8, 8, 3) if kind == "images" else (8, 8)
+            values = random.integers(0, 255 if kind == "images" else 2, shape, np.uint8)
+            if kind == "masks":
+                values[:4] = 255
+            Image.fromarray(values).save(folder / part / kind / f"{number}.png")
+    return folder
+
+
 def test_the_budget_is_kept_and_counted_alike(told):
     result = json.loads(told[1].stdout)
     (budget,) = result["budgets"]

@@ -13,9 +13,15 @@ from budgetnet.supernet import SuperNetwork
 
 
 def data_of_run(run: RunFolder, network: SuperNetwork, given: Any) -> datasets.Dataset:
-    """The data that were named, or those of the run, seen as the run saw its own."""
+    """The data that were named, or those of the run, seen as the run saw its own and of the size that it takes."""
     own = Record(run.read("options.json"), str(run.path / "options.json")).record("data")
-    data = datasets.load(given.data or own.text("name"), root=given.root)
+    _, height, width = network.input_shape
+    data = datasets.load(
+        given.data or own.text("name"),
+        root=given.root,
+        image_size=height if height == width else None,  # only squares are ever resized to
+        ignore=own.maybe_whole("ignore"),
+    )
     check_fit(network, data)
     return data.normalised(own.numbers("mean"), own.numbers("std"))
 

@@ -93,6 +93,10 @@ class Record:
             return None
         return self.number(key)
 
+    def maybe_whole(self, key: str) -> int | None:
+        """A whole number, or None."""
+        return None if self.values.get(key) is None else self.whole(key)
+
     def maybe_share(self, key: str) -> float | None:
         """A number in [0, 1], or None."""
         return None if self.values.get(key) is None else self.share(key)
