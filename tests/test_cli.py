@@ -263,6 +263,14 @@ def test_a_space_of_ones_own_from_search_to_measure(tmp_path, say, monkeypatch):
     assert say("measure", "run/network.onnx", "--costs", "macs")["costs"]["macs"] == found["network"]["macs"]
 
 
+def test_a_space_of_ones_own_may_hold_dataclasses_and_is_not_read_for_each_of_its_flags(tmp_path, say, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = "@dataclass\nclass Size:\n    side: int\n\nwith open('read', 'a') as file:\n    file.write('once ')\n"
+    Path("own.py").write_text(f"from __future__ import annotations\nfrom dataclasses import dataclass\n{kept}{OWN}")
+    assert say("measure", "own.py:build", "--space.classes", 10, "--space.image_size", 8)["costs"]["macs"] > 0
+    assert Path("read").read_text() == "once once "  # for the flags, and for what they say
+
+
 def test_several_budgets_and_targets_are_all_met(tmp_path, say, capsys):
     budgets = ["--budget", "macs~=60%", "--budget", "params<=95%", "--budget", "steps[workers=2]<=12"]
     command = [

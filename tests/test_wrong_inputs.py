@@ -173,8 +173,10 @@ SPACES = [
     Wrong("other images than the data's", search("--space.image_size 16")),
     Wrong("a space from no file", search("--space {tmp}/none.py:build")),
     Wrong("a space from a file that is no Python", OWN, written("own.py", "def build(:")),
+    Wrong("a space from a file that leaves Python", OWN, written("own.py", "raise SystemExit(0)\n")),
     Wrong("a space from a missing function", OWN, written("own.py", "")),
     Wrong("a space that raises", OWN, written("own.py", "def build():\n    return 1 / 0\n")),
+    Wrong("a space that leaves Python", OWN, written("own.py", "def build():\n    raise SystemExit(0)\n")),
     Wrong("a space that is something else", OWN, written("own.py", "def build():\n    return 3\n")),
     Wrong("a space that needs an option", OWN, written("own.py", "def build(blocks: int):\n    return 3\n")),
     Wrong(

@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from budgetnet import spaces
+from budgetnet.costs.function import module_at
 from budgetnet.errors import BudgetnetError, ConfigError, FileError
 from budgetnet.runs import RunFolder
 from budgetnet.supernet import SuperNetwork
 
 
 def builder_of(space: str) -> Callable[..., SuperNetwork]:
-    """The function that builds a space: a named one, or the user's by file and name."""
+    """The function that builds a space: a named one, or the user's by file and name, whose file is read anew."""
     if space in spaces.BY_NAME:
         return spaces.BY_NAME[space]
     file, _, function = space.rpartition(":")
     if not file:
         raise ConfigError(f"spaces are {', '.join(spaces.BY_NAME)}, or path/to/file.py:function, got {space!r}")
-    specification = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if not Path(file).is_file() or specification is None or specification.loader is None:
-        raise ConfigError(f"expected a Python file at {file}, found none")
-    module = importlib.util.module_from_spec(specification)
-    with blaming(file):
-        specification.loader.exec_module(module)
+    module = module_at(file)
     if not callable(getattr(module, function, None)):
         raise ConfigError(f"{file} has no function {function!r}")
     builder: Callable[..., SuperNetwork] = getattr(module, function)
     return builder
-
-
-@contextmanager
-def blaming(whose: str) -> Iterator[None]:
-    """Turns what the user's own code raises into one line; it may raise anything."""
-    try:
-        yield
-    except BudgetnetError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{whose} raised {type(error).__name__}: {error}") from error
 
 
 def build(space: str, given: Any, arguments: list[str], defaults: dict[str, Any]) -> SuperNetwork:
@@ -56,11 +38,7 @@ def build(space: str, given: Any, arguments: list[str], defaults: dict[str, Any]
     lacking = [name for name in names if options.get(name) is None and names[name].default is inspect.Parameter.empty]
     if lacking:
         raise ConfigError(f"{space} needs --space.{lacking[0]}, got nothing for it")
-    with blaming(space):
-        network = builder(**options)
-    if not isinstance(network, SuperNetwork):
-        raise ConfigError(f"{space} must return a SuperNetwork, got {type(network).__name__}")
-    return network
+    return _built(space, builder, options)
 
 
 def space_of_run(run: RunFolder, own: str) -> SuperNetwork:
@@ -73,8 +51,22 @@ def space_of_run(run: RunFolder, own: str) -> SuperNetwork:
     builder = builder_of(own or space["name"])
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in space["options"].items()}
     try:
-        return builder(**options)
+        inspect.signature(builder).bind(**options)
     except TypeError as error:
         raise FileError(
             f"{run.path / 'options.json'} has options that {space['name']} does not take: {error}"
         ) from error
+    return _built(own or space["name"], builder, options)
+
+
+def _built(space: str, builder: Callable[..., SuperNetwork], options: dict[str, Any]) -> SuperNetwork:
+    """What the builder makes of its options, whatever the user's own code does."""
+    try:
+        network = builder(**options)
+    except BudgetnetError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise ConfigError(f"{space} raised {type(error).__name__}: {error}") from error
+    if not isinstance(network, SuperNetwork):
+        raise ConfigError(f"{space} must return a SuperNetwork, got {type(network).__name__}")
+    return network

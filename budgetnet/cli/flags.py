@@ -25,10 +25,11 @@ def parser_of(command: str, description: str, space: str, first: str) -> jsonarg
         else None,
     )
     if space:
-        for name, parameter in inspect.signature(builder_of(space)).parameters.items():
+        builder = builder_of(space)
+        kinds = inspect.get_annotations(builder, eval_str=True)
+        for name, parameter in inspect.signature(builder).parameters.items():
             default = None if parameter.default is parameter.empty else parameter.default
-            kind = inspect.get_annotations(builder_of(space), eval_str=True).get(name, str)
-            parser.add_argument(f"--space.{name}", type=kind, default=default)
+            parser.add_argument(f"--space.{name}", type=kinds.get(name, str), default=default)
     return parser
 
 
