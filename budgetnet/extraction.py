@@ -97,23 +97,47 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
 
 
 def fold_batch_norm(network: Plain) -> Plain:
-    """A copy for inference in which each batch norm right behind a convolution has become part of it."""
+    """A copy for inference in which each batch norm right behind a convolution has become part of it.
+
+    That is where it is sure that layers are called one after the other: in an `nn.Sequential`, and in those that
+    another one, or a traced graph, calls as a whole. A module with a forward of its own may call its layers in any way.
+    """
     folded = copy.deepcopy(network).eval()
-    for parent in list(folded.modules()):
-        if isinstance(parent, nn.Sequential):
-            layers: list[nn.Module] = []
-            for layer in parent:
-                before = layers[-1] if layers else None
-                own = isinstance(layer, nn.BatchNorm2d) and layer.running_mean is None  # statistics of its batch
-                if isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.Conv2d) and not own:
-                    layers[-1] = fuse_conv_bn_eval(before, layer)
-                else:
-                    layers.append(layer)
-            if len(layers) < len(parent):
-                for index in reversed(range(len(parent))):
-                    del parent[index]
-                parent.extend(layers)
+    _fold(folded)
     return folded
+
+
+def _fold(module: nn.Module) -> None:
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        layers: list[nn.Module] = []
+        for layer in module:
+            _fold(layer)
+            both = fused(layers[-1], layer) if layers else None
+            if both is None:
+                layers.append(layer)
+            else:
+                layers[-1] = both
+        if len(layers) < len(module):
+            for index in reversed(range(len(module))):
+                del module[index]
+            module.extend(layers)
+    elif isinstance(module, fx.GraphModule):
+        called = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
+        parts = dict(module.named_modules())
+        for name in called & set(parts):
+            if not any(other.startswith(f"{name}.") for other in called):
+                _fold(parts[name])
+
+
+def fused(before: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """One convolution in place of a convolution and a batch norm behind it, None where the two are something else.
+
+    A batch norm without running statistics asks its batch and stays, and so do layers with hooks.
+    """
+    hooked = any(one._forward_hooks or one._forward_pre_hooks for one in (before, layer))
+    if type(before) is not nn.Conv2d or type(layer) is not nn.BatchNorm2d or layer.running_mean is None or hooked:
+        return None
+    return fuse_conv_bn_eval(before, layer)
 
 
 def count(network: fx.GraphModule, example: Tensor) -> dict[str, int]:

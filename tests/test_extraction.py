@@ -116,6 +116,34 @@ def test_a_batch_norm_that_asks_its_own_batch_stays():
     assert torch.equal(fold_batch_norm(plain)(images(network)), plain(images(network)))
 
 
+class Between(nn.Module):
+    """A module that does something between the layers of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        conv, norm = self.layers
+        return norm(conv(x).relu())
+
+
+class Named(nn.Sequential):
+    """A sequence with a name, as torchvision has them."""
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_batch_norms_are_folded_where_layers_are_surely_called_in_a_row(hooked: bool):
+    inner = Named(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    if hooked:
+        inner[0].register_forward_hook(lambda layer, given, value: value.relu())
+    network = SuperNetwork([Edge(start="x", end="y", module=nn.Sequential(inner, Between()))], input_shape=(2, 3, 3))
+    plain = extract(stir(network, 0).eval(), network.architecture("full"))
+    folded = fold_batch_norm(plain)
+    torch.testing.assert_close(folded(images(network)), plain(images(network)), rtol=0, atol=1e-5)
+    assert sum(isinstance(part, nn.BatchNorm2d) for part in folded.modules()) == 1 + hooked
+
+
 @pytest.mark.parametrize("kept", ["nothing", "cut"])
 def test_what_connects_nothing_cannot_be_extracted(kept: str):
     network = SPACES["conv"]

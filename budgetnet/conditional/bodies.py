@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from budgetnet.extraction import fused
 from budgetnet.gated import narrowed_weight, selected
 
 Pattern = tuple[bool, ...]
@@ -310,30 +310,9 @@ def folded(places: Sequence[Place], gates: Mapping[int, int]) -> tuple[list[Plac
             break
         layer = places[index].layer
         before = found[-1].layer if found and index not in gates else None
-        norm = layer if type(layer) is nn.BatchNorm2d and layer.running_mean is not None else None
-        if norm is not None and isinstance(before, nn.Conv2d) and is_plain(before):
-            found[-1] = found[-1]._replace(layer=fuse_conv_bn_eval(before, norm))
+        both = None if before is None else fused(before, layer)
+        if both is not None:
+            found[-1] = found[-1]._replace(layer=both)
         elif not isinstance(layer, nn.Identity):
             found.append(places[index])
     return found, moved
-
-
-def fold_inside(module: nn.Module) -> nn.Module:
-    """Folds batch norms in place where it is sure that layers are called one after the other, and returns the module.
-
-    That is in an `nn.Sequential`, and in those that another one, or a traced graph, calls as a whole. A module with a
-    forward of its own may call its layers in any way.
-    """
-    if type(module) is nn.Sequential:
-        layers = [place.layer for place in folded([Place(fold_inside(layer), None, None) for layer in module], {})[0]]
-        for index in reversed(range(len(module))):
-            del module[index]
-        module.extend(layers)
-    elif isinstance(module, fx.GraphModule):
-        called = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
-        for name in called:
-            inside = any(other.startswith(f"{name}.") for other in called)
-            part = module.get_submodule(name) if name in dict(module.named_modules()) else None
-            if part is not None and not inside:
-                fold_inside(part)
-    return module

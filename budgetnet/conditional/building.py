@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from budgetnet.conditional.bodies import Body, Place, fold_inside, folded
+from budgetnet.conditional.bodies import Body, Place, folded
 from budgetnet.conditional.branches import Branch
 from budgetnet.conditional.heads import narrowed_head
 from budgetnet.conditional.network import ConditionalNetwork
 from budgetnet.costs.additive import module_macs
 from budgetnet.errors import ConfigError
+from budgetnet.extraction import fold_batch_norm
 from budgetnet.gated import ChannelGate, GatedSequential, channels_of, narrowed_module
 from budgetnet.shapes import output_shape
 from budgetnet.sites import Threshold
@@ -185,7 +186,7 @@ def branch_of(network: SuperNetwork, edge: int, units: Sequence[float], gates: S
 
 def plain_body(module: nn.Module) -> Body:
     """A module without gates, copied, its batch norms folded."""
-    new = fold_inside(copy.deepcopy(module).eval())
+    new = fold_batch_norm(module)
     layers = list(new) if type(new) is nn.Sequential else [new]
     return Body([Place(layer, None, None) for layer in layers if not isinstance(layer, nn.Identity)])
 

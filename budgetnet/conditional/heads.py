@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from budgetnet.conditional.bodies import fold_inside
+from budgetnet.extraction import fold_batch_norm
 from budgetnet.sites import ConditionalGates, ExitGate
 
 SMALL = 128
@@ -166,7 +166,7 @@ class ExitHead(Head):
     def __init__(self, gates: ExitGate, threshold: float) -> None:
         super().__init__()
         weight, bias = gates.decide.weight, gates.decide.bias
-        self.features = fold_inside(gates.features)
+        self.features = fold_batch_norm(gates.features)
         self.decide = linear(weight[1:] - weight[:1], bias[1:] - bias[:1] - threshold)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def narrowed_head(head: nn.Module, columns: Sequence[int], count: int, tau: floa
         return pooled
     if isinstance(head, ExitGate):
         return ExitHead(head, threshold)
-    return SelectedHead(fold_inside(head), None if len(columns) == count else columns, threshold)
+    return SelectedHead(fold_batch_norm(head), None if len(columns) == count else columns, threshold)
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
