@@ -189,9 +189,11 @@ class SearchOptions:
                 raise ConfigError(
                     f"architectures must be at most batch_size {self.batch_size}, got {self.architectures}"
                 )
-        pathwise = self.estimator in ("gumbel", "soft-gumbel")
-        if not pathwise and self.baseline != "moving-average" and self.sampled(self.batch_size) < 2:
+        compared = self.estimator == "score" and self.baseline != "moving-average"
+        if compared and self.sampled(self.batch_size) < 2:
             raise ConfigError(f"a {self.baseline} baseline needs architectures >= 2, got 1")
+        if self.estimator == "auto" and self.warmup is None:
+            return  # how long the warm-up is, and so what it leaves, is known once they are resolved
         if self.warmup_epochs + self.finetune_epochs > self.epochs - 1:
             raise ConfigError(
                 f"warmup and finetune must leave at least one of {self.epochs} epochs to search, "
@@ -253,7 +255,8 @@ class SearchOptions:
             drawn: whether a cost has to be drawn for each sampled architecture.
 
         Raises:
-            ConfigError: the score function is asked for gates that look at the input.
+            ConfigError: the score function is asked for gates that look at the input, or an option is outside the
+                range that the estimator gives it.
         """
         estimator = self.estimator
         if estimator == "auto":

@@ -55,13 +55,26 @@ def test_shares_lie_below_1(name: str, value: float):
         ({"architectures": 0}, "architectures must be a whole number >= 1, got 0"),
         ({"architectures": "all"}, "architectures must be a whole number >= 1, got 'all'"),
         ({"architectures": 9, "batch_size": 8}, "architectures must be at most batch_size 8, got 9"),
-        ({"architectures": 1}, "a leave-one-out baseline needs architectures >= 2, got 1"),
+        ({"architectures": 1, "estimator": "score"}, "a leave-one-out baseline needs architectures >= 2, got 1"),
         ({"warmup": 0.6, "finetune": 0.4}, "must leave at least one of 30 epochs to search, got 18 and 12 epochs"),
     ],
 )
 def test_options_outside_their_range(options, message):
     with pytest.raises(ConfigError, match=message):
         SearchOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architectures": 1}, "a leave-one-out baseline needs architectures >= 2, got 1"),
+        ({"finetune": 0.8}, "must leave at least one of 30 epochs to search, got 6 and 24 epochs"),
+    ],
+)
+def test_what_one_estimator_needs_is_asked_once_it_is_known(options, message):
+    assert SearchOptions(**options).resolved(gated=True).estimator == "gumbel"
+    with pytest.raises(ConfigError, match=message):
+        SearchOptions(**options).resolved()
 
 
 def test_options_at_the_edge_of_their_range():
