@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from budgetnet.errors import ConfigError, FileError
+from budgetnet.files import aside
 from budgetnet.timing import interleaved
 
 FORMATS = ("onnx", "pt2")
@@ -57,8 +58,7 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
     example = torch.cat([example, example])[:2].cpu().float()  # a free batch size needs an example of two
     # channels last would be written into the graph, as strides
     network = copy.deepcopy(network).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    part = path.with_name(path.name + ".part")
-    with quiet():
+    with aside(path) as part, quiet():
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
@@ -69,7 +69,6 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
             done = torch.onnx.export(program, (), input_names=["x"], output_names=["y"], dynamo=True, verbose=False)
             assert done is not None
             part.write_bytes(compacted(done.model_proto, network.state_dict()).SerializeToString())
-    part.replace(path)
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from budgetnet.errors import ConfigError, DivergenceError, FileError
+from budgetnet.files import aside, replace
 
 
 class RunFolder:
@@ -106,14 +106,10 @@ class RunFolder:
         """Writes where the run stands: tensors, and `state` as JSON beside them in the same file."""
         folder = self.path / "checkpoint"
         folder.mkdir(exist_ok=True)
-        part = folder / "latest.safetensors.part"
         contiguous = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         metadata = {"state": dumped(state, "the checkpoint"), "tensors": dumped(sorted(contiguous), "the checkpoint")}
-        save_file(contiguous, part, metadata=metadata)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(folder / "latest.safetensors")
-        _sync_folder(folder)
+        with aside(folder / "latest.safetensors") as part:
+            save_file(contiguous, part, metadata=metadata)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last checkpoint, None where there is none yet.
@@ -162,21 +158,6 @@ def load_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -
             raise FileError(f"the checkpoint's {name!r} must be finite numbers, got others")
     for name, target in targets.items():
         target.data.copy_(tensors[name])
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Writes a file so that, whenever the process or the machine stops, the old or the new one is there."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def dumped(content: Any, name: str, *, indent: int | None = None) -> str:
@@ -228,14 +209,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"numbers must be finite, got {text}")
     return number
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _first_difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:

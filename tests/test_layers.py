@@ -10,7 +10,7 @@ import pytest
 import budgetnet
 
 LAYERS = (
-    *("errors", "version", "graph", "sites", "blocks", "gated", "choices", "rows", "shapes", "supernet"),
+    *("errors", "version", "files", "graph", "sites", "blocks", "gated", "choices", "rows", "shapes", "supernet"),
     *("spaces", "weights", "extraction", "timing", "export", "onnx_pieces", "assembly", "costs"),
     *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
     *("projection", "selection", "runs", "architectures", "measure"),

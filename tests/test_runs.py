@@ -18,8 +18,11 @@ from conftest import SMALL, alone, python
 from safetensors.torch import load_file
 
 from budgetnet import Budget, SearchOptions, cli, data, search, session, spaces
+from budgetnet.costs.timetable import Setting, Timetable
 from budgetnet.errors import ConfigError, DivergenceError, FileError
-from budgetnet.runs import RunFolder, load_tensors, next_folder, replace
+from budgetnet.export import export
+from budgetnet.files import replace
+from budgetnet.runs import RunFolder, load_tensors, next_folder
 from budgetnet.session import Session
 from budgetnet.training import Learner, Sums
 
@@ -72,17 +75,27 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(moment, tmp_path, monke
     assert run.load_checkpoint()[1] == {"epoch": 2}
 
 
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
-    replace(tmp_path / "a", b"old")
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a", lambda path: replace(path, b"new")),
+        ("a.json", lambda path: Timetable(Setting.here("torch", 1, 1, "cpu"), 1.0).save(path)),
+        ("a.onnx", lambda path: export(torch.nn.ReLU(), path, torch.zeros(1, 1, 2, 2))),
+        ("a.pt2", lambda path: export(torch.nn.ReLU(), path, torch.zeros(1, 1, 2, 2))),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_a_write_that_fails_leaves_nothing_behind(name, write, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(b"old")
 
     def full(_):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        replace(tmp_path / "a", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"old"
+        write(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"old"
 
 
 def test_an_epoch_that_runs_again_takes_the_place_of_its_line(tmp_path):

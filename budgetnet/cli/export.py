@@ -17,7 +17,8 @@ from budgetnet.conditional import export_fastest
 from budgetnet.delivery import TIMED, fold_gates, restored
 from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS, load
-from budgetnet.runs import RunFolder, replace
+from budgetnet.files import replace
+from budgetnet.runs import RunFolder
 
 
 def export_command(arguments: list[str]) -> None:

@@ -22,6 +22,7 @@ from budgetnet.conditional.branches import Branch
 from budgetnet.conditional.network import ConditionalNetwork
 from budgetnet.errors import ConfigError
 from budgetnet.export import load
+from budgetnet.files import aside
 from budgetnet.onnx_pieces import Pieces, Scope
 
 BRANCHES, WIDE = 8, 32
@@ -64,13 +65,9 @@ def export_conditional(
         raise ConfigError("exporting a conditional network takes an example or more, got none")
     example = example.detach().cpu().float()
     network = copy.deepcopy(network).cpu().float()
-    part = path.with_name(path.name + ".part.onnx")
-    try:
+    with aside(path) as part:
         onnx.save(written(network, branches, wide), str(part))
         compare(network, load(part), example)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

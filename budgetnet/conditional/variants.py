@@ -16,6 +16,7 @@ from budgetnet.conditional.branches import WHOLE, Limits
 from budgetnet.conditional.network import ConditionalNetwork
 from budgetnet.conditional.onnx import export_conditional, kind_of
 from budgetnet.export import load
+from budgetnet.files import put
 from budgetnet.timing import interleaved
 
 VARIANTS: dict[str, dict[str, int]] = {"branches": {}, "masks": {"branches": 1, "wide": sys.maxsize}}
@@ -88,7 +89,7 @@ def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tens
         times = [timing.quantile(0.5) / len(examples) for timing in interleaved(runs, calls=CALLS)]
         ms = dict(zip(files, times, strict=True))
         chosen = min(ms, key=lambda name: ms[name])
-        files[chosen].replace(path)
+        put(files[chosen], path)
     finally:
         for file in files.values():
             file.unlink(missing_ok=True)

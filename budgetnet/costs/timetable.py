@@ -14,6 +14,7 @@ import onnxruntime
 import torch
 
 from budgetnet.errors import FileError
+from budgetnet.files import replace
 
 FORMAT = "budgetnet times of modules, 2"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -94,9 +95,7 @@ class Timetable:
         """Writes the file, as a whole or not at all."""
         content = {"format": FORMAT, **vars(self.setting), "yardstick_ms": self.yardstick, "times_ms": self.times}
         content["networks"] = [{"space": each.space, "parts_ms": each.parts, "ms": each.seen} for each in self.networks]
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(path)
+        replace(path, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path, setting: Setting) -> Timetable:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from budgetnet.errors import ConfigError, FileError
+from budgetnet.files import replace
 from budgetnet.report import figures, gate_figures, quantities
 from budgetnet.report.architecture import Architecture, Edge
 from budgetnet.report.network import Drawing, draw, shares
@@ -21,7 +22,6 @@ from budgetnet.report.quantities import MISSING, duration, exact, percent, plura
 from budgetnet.report.run import Quality, Run
 from budgetnet.report.schedule import gantt
 from budgetnet.report.words import headline, outcomes, quality, verdict
-from budgetnet.runs import replace
 
 
 def write(run: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
