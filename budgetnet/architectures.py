@@ -94,14 +94,14 @@ def named(network: SuperNetwork, name: str) -> Tensor:
         kept = {edge["name"]: edge["kept"] for edge in content["edges"]}
     except (KeyError, TypeError) as error:
         raise FileError(f"{path} must list edges, each with name and kept: {error}") from error
-    try:  # what was written before there were sites has none
-        groups = {(site["edge"], site["name"]): list(site["kept"]) for site in content.get("sites", [])}
-    except (KeyError, TypeError) as error:
-        raise FileError(f"{path} must list sites, each with edge, name and kept: {error}") from error
     differing = sorted(set(network.edge_names) ^ set(kept), key=str)
     if differing or not all(isinstance(bit, bool) for bit in kept.values()):
         what = f"{differing[0]!r} is in one and not in the other" if differing else "kept must be true or false"
         raise FileError(f"{path} is no architecture of {network.name}: {what}")
+    try:
+        groups = {(site["edge"], site["name"]): list(site["kept"]) for site in content["sites"]}
+    except (KeyError, TypeError) as error:
+        raise FileError(f"{path} must list sites, each with edge, name and kept: {error}") from error
     units: list[object] = [kept[name] for name in network.edge_names]
     for site in network.sites:
         given = groups.pop((network.edge_names[site.edge], site.name), [])

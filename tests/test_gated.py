@@ -668,6 +668,9 @@ def test_what_is_no_architecture_of_a_network_with_sites(tmp_path):
             named(network, path)
 
     (site,) = whole["sites"]
+    run.write("a.json", {key: value for key, value in whole.items() if key != "sites"})
+    with pytest.raises(FileError, match="must list sites, each with edge, name and kept: 'sites'"):
+        named(network, path)
     refused(3, "must list sites, each with edge, name and kept: ")
     refused([{"edge": "branch"}], "must list sites, each with edge, name and kept: 'name'")
     refused([], "is no architecture of own: site 'hidden' of 'branch' must have 2 bits")

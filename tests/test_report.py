@@ -54,7 +54,8 @@ def fabric(width: int = 4, depth: int = 3, mark: str = "") -> dict[str, Any]:
         edges += [edge(here - depth, here, "block", **kept), edge(here - depth, here, "identity", **kept)]
         edges += [edge(here - depth + row - 1, here + row, "down") for row in range(1, depth)]
     edges[-1] |= {"kept": True, "probability": 0.6}  # but not used
-    return {"space": {"name": "fabric", "options": {}}, "nodes": nodes, "edges": edges, "sites": []}
+    drawn = {"nodes": nodes, "edges": edges, "sites": [], "schedules": [], "cuts": []}
+    return {"space": {"name": "fabric", "options": {}}, **drawn}
 
 
 def gated() -> dict[str, Any]:
@@ -75,7 +76,8 @@ def gated() -> dict[str, Any]:
     ]
     keys = ("edge", "name", "channels", "kept", "probability")
     listed = [dict(zip(keys, site, strict=True)) for site in sites]
-    return {"space": {"name": "gated", "options": {}}, "nodes": nodes, "edges": edges, "sites": listed}
+    drawn = {"nodes": nodes, "edges": edges, "sites": listed, "schedules": [], "cuts": []}
+    return {"space": {"name": "gated", "options": {}}, **drawn}
 
 
 GATED = ["b1.inner", "b1.output", "b2", "b2.input", "b2.inner", "b3", "b3.inner"]
@@ -379,6 +381,11 @@ def test_a_report_of_several_runs_needs_a_place(tmp_path):
         ("architecture.json", "nodes.1.position", [0, 1e300], '"nodes[1].position" must lie within 100000'),
         ("architecture.json", "edges", {}, 'architecture.json: "edges" must be a list of objects, got {}'),
         ("architecture.json", "sites", ..., 'architecture.json: "sites" is missing'),
+        ("architecture.json", "schedules", ..., 'architecture.json: "schedules" is missing'),
+        ("architecture.json", "cuts", ..., 'architecture.json: "cuts" is missing'),
+        ("result.json", "equivalence", ..., 'result.json: "equivalence" is missing'),
+        ("result.json", "candidates", ..., 'result.json: "candidates" is missing'),
+        ("result.json", "candidates.0.validation", 0.97, '"candidates[0].validation" must be an object, got 0.97'),
         ("architecture.json", "edges.2.probability", 1.5, '"edges[2].probability" must be a number in [0, 1], got 1.5'),
     ],
 )
@@ -446,7 +453,7 @@ def joined(*chosen: str) -> Architecture:
          "costs": {}}
         for edge in chosen
     ]  # fmt: skip
-    record = {"nodes": nodes, "edges": edges, "sites": []}
+    record = {"nodes": nodes, "edges": edges, "sites": [], "schedules": [], "cuts": []}
     return Architecture.read(Record(record, "architecture.json"))
 
 

@@ -58,5 +58,5 @@ class Inference:
                 )
                 for row in record.records("exits")
             ),
-            test_costs={} if record.maybe_record("test_costs") is None else record.costs("test_costs"),
+            test_costs=record.costs("test_costs"),
         )

@@ -89,10 +89,10 @@ class Cut:
 
 
 def read_plans(record: Record) -> tuple[Plan, ...]:
-    """The schedules of an architecture.json; none in those written before there were any."""
-    return tuple(map(Plan.read, record.records("schedules"))) if "schedules" in record.values else ()
+    """The schedules of an architecture.json."""
+    return tuple(map(Plan.read, record.records("schedules")))
 
 
 def read_cuts(record: Record) -> tuple[Cut, ...]:
-    """The cuts of an architecture.json; none in those written before there were any."""
-    return tuple(map(Cut.read, record.records("cuts"))) if "cuts" in record.values else ()
+    """The cuts of an architecture.json."""
+    return tuple(map(Cut.read, record.records("cuts")))

@@ -168,14 +168,14 @@ class Result:
             latency=record.record("network").maybe_record("latency_ms"),
             validation=Quality.read(record.maybe_record("validation")),
             test=Quality.read(record.maybe_record("test")),
-            equivalence={} if record.maybe_record("equivalence") is None else record.costs("equivalence"),
+            equivalence=record.costs("equivalence"),
             candidates=tuple(
                 Candidate(
                     costs=candidate.costs("costs"),
                     validation=_validation(candidate),
                     chosen=candidate.flag("chosen"),
                 )
-                for candidate in ([] if record.values.get("candidates") is None else record.records("candidates"))
+                for candidate in record.records("candidates")
             ),
             inference=Inference.read(record.maybe_record("inference")),
         )
@@ -276,7 +276,5 @@ def _check_activation(file: Path, epochs: tuple[Epoch, ...], architecture: Archi
 
 
 def _validation(candidate: Record) -> float | None:
-    if isinstance(candidate.values.get("validation"), dict):
-        quality = Quality.read(candidate.record("validation"))
-        return None if quality is None else quality.best
-    return candidate.maybe_number("validation")
+    quality = Quality.read(candidate.record("validation"))
+    return None if quality is None else quality.best
