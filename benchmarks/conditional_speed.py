@@ -69,7 +69,7 @@ def print_rows(
     macs, whole = bn.costs.MACs().bind(space), bn.costs.MACs(gates=False).bind(space)
     full = space.architecture("full")
     dense: nn.Module = fold_batch_norm(extract(space, full))
-    ungated = conditional(space, None, constants=torch.ones(space.gate_count))
+    ungated = conditional(space, constants=torch.ones(space.gate_count))
     kinds = [("apart", share) for share in arguments.shares]
     if runtime == "torch" and gates != "layers":
         kinds = [("alike", share) for share in arguments.shares if share < 1] + kinds
@@ -79,7 +79,7 @@ def print_rows(
         if runtime == "onnxruntime":
             ways = [load(export(dense, Path(folder) / "dense.onnx", x[:1]))] * 2
         for like, share in kinds:
-            network = conditional(with_open(space, share, like == "apart", x), None)
+            network = conditional(with_open(space, share, like == "apart", x))
             kept = torch.cat([network.decide(part)[1] for part in inputs])
             relative = float(macs(space.used(kept)).mean()) / float(whole(space.used(full))[0])
             counted.append((float(kept[:, space.independent :].mean()), relative))

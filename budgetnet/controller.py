@@ -297,7 +297,7 @@ class Controller:
             ConfigError: there is none yet.
         """
         if self.tau is not None:
-            return conditional(self.steering.network, None, tau=self.tau)
+            return conditional(self.steering.network, tau=self.tau)
         if self.steering.chosen is None:
             due = "settle" if self.steering.network.heads else "choose"
             raise ConfigError(f"network comes after {due}, got step {self.steps} of the {self.phase}")

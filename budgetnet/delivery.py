@@ -168,7 +168,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
     session.save()
     network.cpu()
     x = next(iter(session.test_batches().epoch(0)))[0].cpu()
-    plain = conditional(network, None, tau=tau)
+    plain = conditional(network, tau=tau)
     examples = next(iter(session.validation.epoch(0)))[0].cpu()
     for size in TUNED:
         tune_fastest(plain, examples[:size], REPEATS)
@@ -320,7 +320,7 @@ def fold_gates(
     classes, ignore = data.num_classes, data.ignore
     seen = observe(network, Inference(tau=tau), batches.epoch(0), classes=classes, ignore=ignore, models={"macs": macs})
     constants = polarised(torch.tensor(seen.rates), margin)
-    folded = conditional(network, None, tau=tau, constants=constants)
+    folded = conditional(network, tau=tau, constants=constants)
     left, costs = still_deciding(macs, network, folded), []
 
     def predict(x: Tensor) -> Tensor:

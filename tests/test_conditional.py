@@ -217,7 +217,7 @@ def test_outputs_and_decisions_are_those_of_computing_everything(kind: str, seed
     network = any_network(kind, seed)
     tau = Random(seed).choice([0.3, 0.5, 0.5, 0.8])
     before = copy.deepcopy(network.state_dict())
-    plain = conditional(network, None, tau=tau)
+    plain = conditional(network, tau=tau)
     for batch in (1, 7):
         x = images(network, batch, seed)
         expected, kept = reference(network, x, tau)
@@ -268,7 +268,7 @@ def macs_of(run: Any, x: Tensor) -> int:
 def test_a_closed_layer_is_not_computed_for_the_examples_that_close_it(count: int):
     """Any share of open rows, none and all included; each counted by torch."""
     network = gated_by_pixels(own=True, groups=False)
-    plain = told(conditional(network, None), GATHER)
+    plain = told(conditional(network), GATHER)
     rows = [row * 3 % 7 < count for row in range(7)]
     x = opening(network, [[row] for row in rows])
     output, kept = plain.decide(x)
@@ -284,7 +284,7 @@ def test_a_closed_layer_is_not_computed_for_the_examples_that_close_it(count: in
 def test_what_is_computed_is_what_the_cost_counts(batch: int):
     """Convolutions and linear layers, one example at a time, counted by torch beside the cost of the decisions."""
     network = gated_by_pixels(own=True, groups=True, sum_of=2)
-    plain = told(conditional(network, None), GATHER, batch)
+    plain = told(conditional(network), GATHER, batch)
     cost = edge_cost(network, module_macs, "MAC")
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -305,7 +305,7 @@ def test_what_is_run_before_a_later_gate_closes_is_counted(batch: int):
         Edge(start="a", end="y", module=classifier(), fixed=True),
     ]
     network = stir(SuperNetwork(edges, input_shape=(CHANNELS, SIDE, SIDE)), 0).eval()
-    plain = told(conditional(network, None), GATHER, batch)
+    plain = told(conditional(network), GATHER, batch)
     cost, seen = edge_cost(network, module_macs, "MAC"), torch.zeros(0, 2)
     for seed in range(84 // batch):
         x = images(network, batch, seed)
@@ -329,7 +329,7 @@ def test_what_an_exit_computes_to_answer_first_is_what_the_cost_counts(batch: in
             part.momentum = None  # the mean of what it saw
     reference(network, 3 * images(network, 64, 99))
     network.eval()
-    plain, seen = conditional(network, None), set()
+    plain, seen = conditional(network), set()
     cost = edge_cost(network, module_macs, "MAC", heads=dict.fromkeys(network.exits, 3.0))
     for seed in range(8):
         x = 3 * images(network, batch, seed)
@@ -346,7 +346,7 @@ def test_what_an_exit_computes_to_answer_first_is_what_the_cost_counts(batch: in
 def test_rows_that_open_different_groups_share_weights_and_are_masked():
     """Told that gathering costs, the rows are run together on the union of their groups."""
     network = gated_by_pixels(own=False, groups=True)
-    plain = told(conditional(network, None), Limits(1.0, 1.0, 1.0, 0.0), 2)
+    plain = told(conditional(network), Limits(1.0, 1.0, 1.0, 0.0), 2)
     x = opening(network, [[True, False, False], [False, True, False]])
     torch.testing.assert_close(plain(x), reference(network, x)[0])
     two_of_three = 2 * 2 * (CHANNELS * 4 * 9) * SIDE * SIDE  # two rows, two convolutions on 4 of the 6 channels
@@ -369,7 +369,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("batch", [1, 7])
 def test_where_all_is_open_nothing_is_gathered_or_copied(batch: int, groups: bool):
     network = gated_by_pixels(own=True, groups=groups)
-    plain = conditional(network, None)
+    plain = conditional(network)
     x = opening(network, [[True] * 4] * batch)
     with Operations() as seen:
         plain(x)
@@ -379,7 +379,7 @@ def test_where_all_is_open_nothing_is_gathered_or_copied(batch: int, groups: boo
 
 def test_a_closed_layer_costs_one_example_no_copy_either():
     network = gated_by_pixels(own=True, groups=False)
-    plain, x = conditional(network, None), opening(network, [[False]])
+    plain, x = conditional(network), opening(network, [[False]])
     with Operations() as seen:
         plain(x)
     assert "convolution" not in seen.names
@@ -393,21 +393,21 @@ def test_constants_that_agree_with_the_decisions_change_no_output(kind: str, see
     network = any_network(kind, seed)
     x = images(network, 7, seed)
     expected = reference(network, x)[0]
-    before = conditional(network, None)
+    before = conditional(network)
     own = before.decide(x)[1]
     constants = polarised(own.mean(dim=0), 0.0)
-    plain = conditional(network, None, constants=constants)
+    plain = conditional(network, constants=constants)
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
     asked = sum(len(edge.columns) for edge in plain.conditional_branches)
     assert asked <= int(constants.isnan().sum())
     assert parameters(plain) <= parameters(before)
     if network.connects(network.used(own[:1]))[0]:
-        alone = conditional(network, None, constants=own[0])
+        alone = conditional(network, constants=own[0])
         assert not alone.conditional_branches
         torch.testing.assert_close(alone(x[:1]), expected[:1], rtol=1e-4, atol=1e-4)
     else:
         with pytest.raises(ConfigError, match="must leave a path from input to output"):
-            conditional(network, None, constants=own[0])
+            conditional(network, constants=own[0])
 
 
 def parameters(module: nn.Module) -> int:
@@ -429,7 +429,7 @@ def test_heads_shrink_to_the_gates_that_are_left(memory: bool, pairs: bool):
     x = images(network, 64)
     nan = math.nan
     constants = torch.tensor([1.0, nan, 0.0, nan])
-    plain = conditional(network, None, constants=constants)
+    plain = conditional(network, constants=constants)
     (edge,) = plain.conditional_branches
     output, kept = plain.decide(x)
     assert torch.equal(kept[:, [1, 3]], reference(network, x)[1][:, [1, 3]])
@@ -450,10 +450,10 @@ def test_with_every_gate_constant_what_is_left_is_what_is_extracted():
     network = any_network("both", 1)
     kept = torch.ones(1, network.gate_count)
     kept[0, ::3] = 0
-    plain, extracted = conditional(network, None, constants=kept[0]), extract(network, kept)
+    plain, extracted = conditional(network, constants=kept[0]), extract(network, kept)
     x = images(network, 3)
     torch.testing.assert_close(plain(x), extracted(x), rtol=1e-4, atol=1e-4)
-    whole = conditional(network, None, constants=torch.ones(network.gate_count))
+    whole = conditional(network, constants=torch.ones(network.gate_count))
     assert parameters(plain) < parameters(whole)
     assert macs_of(plain, x) == macs_of(extracted, x)
 
@@ -476,7 +476,7 @@ def with_exit(*, exits: int = 1) -> SuperNetwork:
 @pytest.mark.parametrize("exits", [1, 2])
 def test_examples_that_exit_keep_their_places_and_cost_nothing_behind(exits: int, limits: Limits):
     network = with_exit(exits=exits)
-    plain = told(conditional(network, None), limits)
+    plain = told(conditional(network), limits)
     module = dict(zip(network.edge_names, network.modules_on_edges, strict=True))
     for taken in [(), (0,), (6,), (1, 2, 5), tuple(range(7))]:
         bits = [[row in taken, row % 2 == 0] for row in range(7)]
@@ -502,7 +502,7 @@ def test_a_gate_behind_an_exit_that_was_taken_is_noted_as_closed():
         Edge(start="a", end="y", module=classifier(), name="last", fixed=True),
     ]
     network = SuperNetwork(edges, input_shape=(CHANNELS, SIDE, SIDE)).eval()
-    plain = conditional(network, None)
+    plain = conditional(network)
     x = opening(network, [[True, True], [False, True], [False, False], [True, False]])
     columns = [plain.edges[place].columns[0] for place in range(4) if plain.edges[place].columns]
     names = {edge.name: edge.columns for edge in plain.conditional_branches}
@@ -515,23 +515,23 @@ def test_a_gate_behind_an_exit_that_was_taken_is_noted_as_closed():
 
 def test_an_exit_that_every_input_takes_leaves_nothing_behind_it():
     network = with_exit()
-    plain = conditional(network, None, constants=torch.ones(1))
+    plain = conditional(network, constants=torch.ones(1))
     assert [edge.name for edge in plain.edges] == ["in", "exit0"]
     x = images(network, 3)
     torch.testing.assert_close(plain(x), plain.edges[1].body.run(x, ())[0])
-    never = conditional(network, None, constants=torch.zeros(1))
+    never = conditional(network, constants=torch.zeros(1))
     assert [edge.name for edge in never.edges] == ["in", "trunk", "last"]
 
 
 def test_a_batch_may_be_empty():
     for network in (with_exit(), gated_by_pixels(own=True, groups=True)):
-        assert conditional(network, None)(images(network, 0)).shape == (0, 4)
+        assert conditional(network)(images(network, 0)).shape == (0, 4)
 
 
 def test_it_is_a_copy_that_stays_in_evaluation_mode_and_can_be_copied_on():
     network = any_network("exits", 0)
     network.train()
-    plain = conditional(network, None)
+    plain = conditional(network)
     assert all(part.training for part in network.modules())
     assert not any(part.training for part in plain.train().modules())
     x = images(network, 5)
@@ -553,7 +553,7 @@ def test_it_is_a_copy_that_stays_in_evaluation_mode_and_can_be_copied_on():
 def test_what_was_narrowed_before_follows_the_weights(batch: int):
     """Weights written to in place, loaded, or of another type."""
     network = any_network("both", 2)
-    plain = told(conditional(network, None), GATHER, batch)
+    plain = told(conditional(network), GATHER, batch)
     x = images(network, batch)
     state = copy.deepcopy(plain.state_dict())
     before = plain(x)
@@ -571,7 +571,7 @@ def test_what_was_narrowed_before_follows_the_weights(batch: int):
 
 def test_only_so_many_narrowed_weights_are_held():
     network = gated_by_pixels(own=False, groups=True)
-    plain = conditional(network, None)
+    plain = conditional(network)
     (edge,) = plain.conditional_branches
     for _ in range(40):
         for bits in ([True, False, False], [False, True, True], [True, True, False]):
@@ -601,7 +601,7 @@ def test_layers_that_are_called_one_by_one_or_write_in_place_are_left_to_do_so()
     ]
     edges.append(Edge(start="a", end="y", module=classifier(), name="last", fixed=True))
     network = stir(SuperNetwork(edges, input_shape=(CHANNELS, SIDE, SIDE)), 0).eval()
-    plain = conditional(network, None)
+    plain = conditional(network)
     bits = [[bool(row >> place & 1) for place in range(3)] for row in range(8)]
     x = opening(network, bits)
     before, last = x.clone(), network.modules_on_edges[3]
@@ -652,7 +652,7 @@ def test_the_break_even_is_where_the_line_reaches_one(points, expected):
 def test_no_plan_is_dearer_than_running_the_whole_batch():
     """Every batch of 4 examples with 3 groups, under several limits; each row that takes the edge is in one part."""
     network = gated_by_pixels(own=True, groups=True)
-    (edge,) = conditional(network, None).conditional_branches
+    (edge,) = conditional(network).conditional_branches
     generator = torch.Generator().manual_seed(0)
     for limits in (Limits(), GATHER, NEVER, Limits(0.9, 0.3, 0.9, 0.3)):
         edge.learn({4: limits})
@@ -676,7 +676,7 @@ def test_no_plan_is_dearer_than_running_the_whole_batch():
 @pytest.mark.parametrize("batch", [1, 6])
 def test_tuning_measures_every_edge_with_gates_and_is_kept_as_json(batch: int):
     network = any_network("both", 3)
-    plain = conditional(network, None)
+    plain = conditional(network)
     x = images(network, batch)
     before = plain(x)
     table = plain.tune(x, repeats=1)
@@ -685,7 +685,7 @@ def test_tuning_measures_every_edge_with_gates_and_is_kept_as_json(batch: int):
         assert list(rows) == [str(batch)]
         assert all(0 <= value <= 1 for value in rows[str(batch)].values())
     torch.testing.assert_close(plain(x), before, rtol=1e-4, atol=1e-4)
-    other = conditional(network, None)
+    other = conditional(network)
     assert other.table == {name: {} for name in table}
     other.table = json.loads(json.dumps(table))
     assert other.table == table
@@ -729,7 +729,7 @@ def test_the_file_runs_the_branches_that_are_open(tmp_path):
     with torch.no_grad():  # the first layer lets the pixels pass that decide behind it
         network.modules_on_edges[1].weight[0], network.modules_on_edges[1].bias[0] = 0, 0
     network.eval()
-    plain = conditional(network, None)
+    plain = conditional(network)
     bits = [[bool(row >> place & 1) for place in range(4)] for row in range(16)]
     x = opening(network, bits)
     path = export_conditional(plain, tmp_path / "network.onnx", x)
@@ -755,7 +755,7 @@ def test_the_file_runs_the_branches_that_are_open(tmp_path):
 def test_many_patterns_of_groups_are_masked(tmp_path):
     """Told to write no branches for patterns: the groups are computed and multiplied, the same outputs come."""
     network = gated_by_pixels(own=True, groups=True)
-    plain = conditional(network, None)
+    plain = conditional(network)
     x = opening(network, [[bool(row >> place & 1) for place in range(4)] for row in range(16)])
     path = export_conditional(plain, tmp_path / "network.onnx", x, branches=1)
     run = load(path)
@@ -777,7 +777,7 @@ def test_wide_groups_are_added_up(tmp_path, always_open: int):
     network = stir(SuperNetwork(edges, input_shape=(CHANNELS, SIDE, SIDE)), 0).eval()
     bits = [[bool(row >> place & 1) for place in range(3 - always_open)] for row in range(8)]
     x = opening(network, bits)
-    path = export_conditional(conditional(network, None), tmp_path / "network.onnx", x, branches=1, wide=2)
+    path = export_conditional(conditional(network), tmp_path / "network.onnx", x, branches=1, wide=2)
     run, expected = load(path), reference(network, x)[0]
     for row, is_open in enumerate(bits):
         torch.testing.assert_close(run(x[row : row + 1]), expected[row : row + 1], rtol=1e-4, atol=1e-5)
@@ -788,7 +788,7 @@ def test_wide_groups_are_added_up(tmp_path, always_open: int):
 def test_any_network_is_exported(tmp_path, kind: str, seed: int):
     network = any_network(kind, seed, nodes=3, extra=2)
     x = images(network, 6, seed)
-    run = load(export_conditional(conditional(network, None), tmp_path / "network.onnx", x[:1]))
+    run = load(export_conditional(conditional(network), tmp_path / "network.onnx", x[:1]))
     expected = reference(network, x)[0]
     scale = max(1.0, float(expected.abs().max()))
     output = torch.cat([run(row[None]) for row in x])
@@ -816,14 +816,14 @@ def test_what_cannot_be_exported_is_said_in_one_line_and_leaves_the_old_file(tmp
         Edge(start="a", end="y", module=nn.Flatten(), name="last", fixed=True),
     ]
     network = SuperNetwork(edges, input_shape=(1, 2, 2)).eval()
-    plain = conditional(network, None)
+    plain = conditional(network)
     x = images(network, 2)
     path = tmp_path / "network.onnx"
     export_conditional(plain, path, x)
     before = path.read_bytes()
     network.modules_on_edges[1] = Fickle()
     with pytest.raises(ConfigError, match=r"^a layer cannot be written to ONNX: .*$"):
-        export_conditional(conditional(network, None), path, x)
+        export_conditional(conditional(network), path, x)
     with pytest.raises(ConfigError, match=r"^a conditional network is exported to a \.onnx file, got 'network\.pt2'$"):
         export_conditional(plain, tmp_path / "network.pt2", x)
     with pytest.raises(ConfigError, match="takes an example or more, got none"):
@@ -842,8 +842,6 @@ def test_what_cannot_be_exported_is_said_in_one_line_and_leaves_the_old_file(tmp
     ("arguments", "message"),
     [
         ({"tau": 1.5}, r"tau must lie in \[0, 1\], got 1.5"),
-        ({"kept": torch.ones(1, 9)}, r"kept must be \(1, 2\) decisions 0 or 1, got \(1, 9\)"),
-        ({"kept": torch.tensor([[0.5, 1.0]])}, r"kept must be \(1, 2\) decisions 0 or 1, got \(1, 2\) in \[0.5, 1\]"),
         ({"constants": torch.ones(1, 2)}, r"constants must be \(2,\) of 0, 1 or NaN, got \(1, 2\)"),
         ({"constants": torch.tensor([0.5, 1.0])}, r"constants must be \(2,\) of 0, 1 or NaN"),
         ({"constants": torch.zeros(2)}, "must leave a path from input to output, got none"),
@@ -857,13 +855,13 @@ def test_requests_that_do_not_fit_the_network(arguments: dict[str, Any], message
     ]
     network = SuperNetwork(edges, input_shape=(CHANNELS, SIDE, SIDE)).eval()
     with pytest.raises(ConfigError, match=message):
-        conditional(network, **({"kept": None} | arguments))
+        conditional(network, **arguments)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_examples_are_run_in_bfloat16_too(batch: int):
     network = undecided(stir(spaces.resnet(depth=8, channels=8, conditional=True), 1), 1).eval()
-    plain = conditional(network, None)
+    plain = conditional(network)
     x = images(network, batch)
     with torch.autocast("cpu", torch.bfloat16):
         assert plain(x).shape == (batch, 10)
@@ -872,7 +870,7 @@ def test_examples_are_run_in_bfloat16_too(batch: int):
 
 def test_inputs_and_tables_that_do_not_fit_the_network():
     network = gated_by_pixels(own=True, groups=False)
-    plain = conditional(network, None)
+    plain = conditional(network)
     for call in (plain, plain.decide, plain.tune):
         with pytest.raises(ConfigError, match=r"expected examples \(B, 6, 6, 6\), got \(2, 3, 6, 6\)"):
             call(torch.zeros(2, 3, 6, 6))
@@ -897,7 +895,7 @@ def test_the_spaces_skip_and_give_the_same(name: str):
     }[name]
     network = spaces.BY_NAME[name](**options, conditional=True)
     network = undecided(stir(network, 1), 1).eval()
-    plain = conditional(network, None)
+    plain = conditional(network)
     for batch in (1, 5):
         x = images(network, batch)
         expected, kept = reference(network, x)

@@ -135,7 +135,7 @@ def test_measures_a_network_beside_another_and_leaves_both_as_they_are():
 
 def test_measures_a_conditional_network_one_by_one_where_its_file_takes_no_more():
     space = bn.spaces.resnet(depth=8, channels=4, image_size=16, gates="layers", conditional=True).eval()
-    plain, images = conditional(space, None), torch.randn(8, 3, 16, 16)
+    plain, images = conditional(space), torch.randn(8, 3, 16, 16)
     measured = peers.measure(plain, images, plain, batches=(1, 8), calls=8)
     assert set(measured["latency"]) == {"torch 1", "onnxruntime 1", "torch 8"}
 

@@ -33,7 +33,7 @@ def test_skipping_pays_up_to_the_share_at_which_it_takes_as_long(batch, monkeypa
 
     torch.manual_seed(0)
     options = {"depth": 8, "channels": 4, "image_size": 8, "in_channels": 1, "gates": "both", "granularity": 2}
-    plain = conditional(spaces.resnet(**options, conditional=True).eval(), None)
+    plain = conditional(spaces.resnet(**options, conditional=True).eval())
     with monkeypatch.context() as patch:
         patch.setattr(Body, "run", timed)
         for clock in ("thread_time_ns", "perf_counter_ns"):

@@ -27,18 +27,14 @@ CLOSED = -1
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def conditional(
-    network: SuperNetwork, kept: Tensor | None, *, tau: float = 0.5, constants: Tensor | None = None
-) -> ConditionalNetwork:
+def conditional(network: SuperNetwork, *, tau: float = 0.5, constants: Tensor | None = None) -> ConditionalNetwork:
     """The network that computes what its gates open and skips the rest.
 
     Args:
         network: with gates that look at the input; stays as it is.
-        kept: `(1, G)` decisions in {0, 1} of the gates that do not look at the input, their columns being the
-            first; the others are not looked at. None to keep those that are more probable than `tau`.
-        tau: a gate that looks at the input is open where its probability is greater.
-        constants: `(G,)` gates to decide once and for all: 0 or 1, NaN to leave them to the input (or to `kept`);
-            `polarised` makes them from what was observed. Nothing is computed to decide them.
+        tau: a gate is open where its probability is greater.
+        constants: `(G,)` gates to decide once and for all: 0 or 1, NaN to leave them to the input, or to their own
+            probability; `polarised` makes them from what was observed. Nothing is computed to decide them.
 
     Returns:
         A network of copies, in evaluation mode, that gives what `network.masked(x, Threshold(tau))` gives for the
@@ -50,7 +46,7 @@ def conditional(
 
     Source: Herrmann et al., sections 3.1, 3.3 and S4.2.
     """
-    gates = known_gates(network, kept, Threshold(tau), constants)
+    gates = known_gates(network, Threshold(tau), constants)
     units = [1.0 if column is None else gates[column] for column in network.gate_of]
     close_behind_exits(network, units)
     live = network.graph.used(torch.tensor([[possible(network, edge, units) for edge in range(len(network.fixed))]]))
@@ -96,21 +92,11 @@ def polarised(rates: Tensor, margin: float = 0.01) -> Tensor:
     return constants
 
 
-def known_gates(
-    network: SuperNetwork, kept: Tensor | None, threshold: Threshold, constants: Tensor | None
-) -> list[float]:
+def known_gates(network: SuperNetwork, threshold: Threshold, constants: Tensor | None) -> list[float]:
     """The G gates as far as they are decided for all inputs, NaN where they are not."""
     gates = torch.full((network.gate_count,), math.nan)
     alone = slice(0, network.independent)
-    if kept is None:
-        gates[alone] = threshold(network.gates.logits, alone)[0].float().cpu()
-    else:
-        if tuple(kept.shape) != (1, network.gate_count) or not bool(((kept == 0) | (kept == 1))[:, alone].all()):
-            raise ConfigError(
-                f"kept must be (1, {network.gate_count}) decisions 0 or 1, got {tuple(kept.shape)} in "
-                f"[{float(kept.min()):g}, {float(kept.max()):g}]"
-            )
-        gates[alone] = kept[0, alone].float().cpu()
+    gates[alone] = threshold(network.gates.logits, alone)[0].float().cpu()
     if constants is not None:
         given = constants.float().cpu()
         if tuple(given.shape) != (network.gate_count,) or not bool(((given == 0) | (given == 1) | given.isnan()).all()):
