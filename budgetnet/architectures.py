@@ -102,7 +102,7 @@ def named(network: SuperNetwork, name: str) -> Tensor:
         groups = {(site["edge"], site["name"]): list(site["kept"]) for site in content["sites"]}
     except (KeyError, TypeError) as error:
         raise FileError(f"{path} must list sites, each with edge, name and kept: {error}") from error
-    units: list[object] = [kept[name] for name in network.edge_names]
+    units: list[bool] = [kept[name] for name in network.edge_names]
     for site in network.sites:
         given = groups.pop((network.edge_names[site.edge], site.name), [])
         if len(given) != site.groups or not all(isinstance(bit, bool) for bit in given):
@@ -111,8 +111,4 @@ def named(network: SuperNetwork, name: str) -> Tensor:
         units += given
     if groups:
         raise FileError(f"{path} is no architecture of {network.name}: it has the site {next(iter(groups))!r}")
-    bits = torch.zeros(1, network.gate_count)
-    for column, bit in zip(network.gate_of, units, strict=True):
-        if column is not None:
-            bits[0, column] = float(bool(bit))
-    return bits
+    return network.gates_of(torch.tensor([units], dtype=torch.float32))

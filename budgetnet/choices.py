@@ -113,6 +113,12 @@ class Choices:
         edges = len(self.graph.edges)
         return torch.cat([both(whole[:, :edges], self._passed_by(whole)), whole[:, edges:]], dim=1)
 
+    def gates_of(self, units: Tensor) -> Tensor:
+        """`(K, U)` bits of the units to `(K, G)` of the gates: one of several units is on where any of them is."""
+        on = units.new_zeros(len(units), self.gate_count)
+        columns = torch.tensor(self._owners, dtype=torch.int64, device=units.device)
+        return on.index_add_(1, columns, units[:, self._gated]).clamp_(max=1)
+
     def _placed(self, kept: Tensor) -> Tensor:
         """`(K, G)` decisions to the `(K, U)` units they are of, whatever exits are taken."""
         if kept.ndim != 2 or kept.shape[1] != self.gate_count:

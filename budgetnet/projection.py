@@ -157,10 +157,7 @@ def trimmed(network: SuperNetwork, kept: Tensor) -> Tensor:
     used = network.used(kept)
     for site in network.sites:
         used[:, slice(*site.units)] *= used[:, [site.edge]]
-    gated = [unit for unit, column in enumerate(network.gate_of) if column is not None]
-    columns = torch.tensor([network.gate_of[unit] for unit in gated], dtype=torch.int64)
-    # a gate of several sites is on where one of them uses it
-    return torch.zeros_like(kept).index_add(1, columns, used[:, gated]).clamp(max=1)
+    return network.gates_of(used)
 
 
 def _cut(network: SuperNetwork, budgets: Sequence[BoundBudget], kept: Tensor, logits: Tensor) -> Tensor | None:

@@ -492,6 +492,9 @@ def test_locked_sites_share_their_gates():
     kept = torch.tensor([[0.0, 0, 1, 1, 0, 0, 1]])
     assert network.decisions(kept)[0, 5:].tolist() == [0, 1, 1, 0, 0, 1, 0, 1]
     assert trimmed(network, kept).tolist() == [[0, 0, 1, 1, 0, 0, 0]]
+    units = torch.zeros(1, network.units)
+    units[0, [3, 10]] = 1  # the edge of block1, and the second group of its hidden channels alone
+    assert network.gates_of(units).tolist() == [[1, 0, 1, 0, 0, 0, 0]]
     assert network.relevant(kept).tolist() == [[1, 1, 1, 1, 1, 0, 0]]
     exact, estimate = score_gradients(network, 0)
     torch.testing.assert_close(estimate, exact)

@@ -130,7 +130,7 @@ class Function:
         """The function on one architecture, `(U,)` bits."""
         given: frozenset[str] | nn.Module
         if self.beside == "network":
-            given = extract(network, decided(network, bits)).eval()
+            given = extract(network, network.gates_of(bits[None].float())).eval()
         else:
             given = frozenset(name for name, bit in zip(names, bits.tolist(), strict=True) if bit)
         return partial(self._call, given)
@@ -241,12 +241,3 @@ def required(call: Callable[..., Any], *, kind: Any = None) -> tuple[str, ...]:
     spread = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     given = [each for each in known if each.default is each.empty and each.kind not in spread]
     return tuple(each.name for each in given if kind in (None, each.kind))
-
-
-def decided(network: SuperNetwork, bits: Tensor) -> Tensor:
-    """The decisions, `(1, G)`, of which `(U,)` bits are what is used; a shared gate is on where one site uses it."""
-    kept = torch.zeros(1, network.gate_count)
-    for column, bit in zip(network.gate_of, bits.tolist(), strict=True):
-        if column is not None and bit:
-            kept[0, column] = 1
-    return kept
