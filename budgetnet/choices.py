@@ -89,7 +89,7 @@ class Choices:
 
     def own_columns(self, edge: int) -> list[int]:
         """Columns of the gates on an edge and on its channels, each once."""
-        places = [edge, *(unit for site in self.sites if site.edge == edge for unit in range(*site.units))]
+        places = [edge, *range(*self.span(edge))]
         return list(dict.fromkeys(column for unit in places if (column := self.gate_of[unit]) is not None))
 
     @property
@@ -228,10 +228,14 @@ class Choices:
         """What `architecture` knows."""
         return ("full", *self._named)
 
+    def span(self, edge: int) -> tuple[int, int]:
+        """The first unit of an edge's channel groups and the one behind the last; of an edge without any (0, 0)."""
+        units = [unit for site in self.sites if site.edge == edge for unit in site.units]
+        return (units[0], units[-1]) if units else (0, 0)
+
     def groups_of(self, edge: int, whole: Tensor) -> Tensor:
         """The columns of an edge's channel groups in `(K, U)`, `(K, groups)`."""
-        own = [site.units for site in self.sites if site.edge == edge]
-        return whole[:, own[0][0] : own[-1][1]] if own else whole[:, :0]
+        return whole[:, slice(*self.span(edge))]
 
     def _alive(self, whole: Tensor) -> Tensor:
         """Kept edges none of whose sites is closed altogether, `(K, U)` to `(K, E)`."""

@@ -334,8 +334,7 @@ class SuperNetwork(Choices, nn.Module):
         if (column := self.gate_of[edge]) is not None:
             own = decided[:, columns[column]]
         if groups.shape[1]:
-            first = next(site.units[0] for site in self.sites if site.edge == edge)
-            units = self.gate_of[first : first + groups.shape[1]]
+            units = self.gate_of[slice(*self.span(edge))]
             open_always = torch.ones_like(decided[:, :1])
             table = torch.cat([decided, open_always], dim=1)
             groups = table[:, [columns.get(column, len(columns)) for column in units]]

@@ -152,7 +152,7 @@ def branch_of(network: SuperNetwork, edge: int, units: Sequence[float], gates: S
     start, end = (network.shapes[node] for node in network.graph.edges[edge])
     if isinstance(module, GatedSequential):
         owners = []
-        for unit in (unit for site in network.sites if site.edge == edge for unit in range(*site.units)):
+        for unit in range(*network.span(edge)):
             column = network.gate_of[unit]
             owners.append(place[column] if column in place else count if units[unit] else CLOSED)
         body = gated_body(module, owners, count, start, end[0], network.edge_names[edge])

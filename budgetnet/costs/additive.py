@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from budgetnet.costs.footprints import channel_table, least_open
 from budgetnet.errors import ConfigError
 from budgetnet.gated import GatedSequential
 from budgetnet.graph import Graph, both, either, opposite
@@ -292,16 +293,7 @@ def channel_cost(
     Each layer's count is shared among the channels it reads times those it writes; what it has once for each
     channel that it writes, such as a bias, is a count of its own.
     """
-    units = [unit for site in network.sites if site.edge == edge for unit in site.units]
     none = len(module.sites)
-    sizes = torch.zeros(module.groups, none + 1, dtype=torch.float64)
-    least = torch.zeros(module.groups)
-    first = 0
-    for place, site in enumerate(module.sites):
-        sizes[first : first + site.groups, place] = as_cost(site.sizes)
-        needed = range(site.always_open) if site.always_open else [site.sizes.index(min(site.sizes))]
-        least[[first + group for group in needed]] = 1
-        first += site.groups
     terms: list[tuple[float, int, int]] = [(0.0, none, none)]  # for a sequence of gates alone
     shape = network.shapes[network.graph.edges[edge][0]]
     full, parts = count(module, shape), 0
@@ -321,12 +313,12 @@ def channel_cost(
         shape = output_shape(part, shape, network.edge_names[edge])
     weights, reads, writes = zip(*terms, strict=True)
     return ChannelCost(
-        (units[0], units[-1]),
-        sizes,
+        network.span(edge),
+        channel_table(module),
         torch.tensor(weights, dtype=torch.float64) * (full / parts if parts else 1),  # "paper" counts the whole as less
         torch.tensor(reads),
         torch.tensor(writes),
-        least,
+        torch.cat([least_open(site) for site in module.sites]),
     )
 
 

@@ -151,7 +151,7 @@ def footprints(network: SuperNetwork) -> list[Footprint | ChannelFootprint]:
         start, end = (network.shapes[node] for node in network.graph.edges[edge])
         plain = folded(module)
         if isinstance(plain, GatedSequential) and plain.sites:
-            found.append(channel_footprint(plain, units_of(network, edge), start, end))
+            found.append(channel_footprint(plain, network.span(edge), start, end))
         else:
             found.append(footprint(plain, start))
     return found
@@ -196,12 +196,6 @@ def folded(module: nn.Module) -> nn.Module:
         return fold_batch_norm(module)
     plain = nn.Sequential(*[layer for layer in module if not isinstance(layer, nn.Identity)])
     return GatedSequential(*fold_batch_norm(plain))
-
-
-def units_of(network: SuperNetwork, edge: int) -> tuple[int, int]:
-    """The first unit of an edge's channel groups and the one behind the last."""
-    units = [unit for site in network.sites if site.edge == edge for unit in site.units]
-    return units[0], units[-1]
 
 
 def channel_table(module: GatedSequential) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from budgetnet.costs.additive import ChannelCost, EdgeCost, as_cost
-from budgetnet.costs.footprints import FLOAT, channel_table, end_sites, folded, least_open, units_of
+from budgetnet.costs.footprints import FLOAT, channel_table, end_sites, folded, least_open
 from budgetnet.gated import GatedSequential
 from budgetnet.supernet import SuperNetwork
 
@@ -49,7 +49,7 @@ def held_bytes(network: SuperNetwork) -> EdgeCost:
         as_cost([sum(bytes_of(folded(module)).values()) for module in network.activations]),
         "B",
         {
-            edge: held_channels(module, units_of(network, edge))
+            edge: held_channels(module, network.span(edge))
             for edge, module in enumerate(edges)
             if isinstance(module, GatedSequential) and module.sites
         },

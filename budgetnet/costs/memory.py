@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from budgetnet.costs.file_size import FileSize
-from budgetnet.costs.footprints import ChannelFootprint, end_sites, least_open, units_of
+from budgetnet.costs.footprints import ChannelFootprint, end_sites, least_open
 from budgetnet.costs.held import held_bytes
 from budgetnet.costs.liveness import Liveness
 from budgetnet.errors import ConfigError
@@ -160,7 +160,7 @@ class MemoryCost:
         rows, units = torch.zeros(1, network.units, dtype=torch.float64), range(0)
         module = network.modules_on_edges[edge]
         if isinstance(module, GatedSequential) and module.sites:
-            units = range(*units_of(network, edge))
+            units = range(*network.span(edge))
             least = [least_open(site) for site in module.sites]
             ends = {site for site in end_sites(module) if site is not None}
             choices = product(
