@@ -97,8 +97,11 @@ def like(example: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def interleaved(ways: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
-    """Median time of each way, run in turn, in the same unit."""
-    # the processor time of one thread does not count what other jobs take of a shared machine
+    """Median time of each way, run in turn, in the same unit.
+
+    Where one thread computes it is the processor's time, which does not count what other jobs take of a shared machine:
+    by the clock, in bursts as in `timing.interleaved`, break-even shares spread several times as far there.
+    """
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time_ns if alone else time.perf_counter_ns
     times: list[list[int]] = [[] for _ in ways]
