@@ -11,16 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from budgetnet.options import SearchOptions
+from budgetnet.report.quantities import SPACE, si
 from budgetnet.steering import Sums
 
 ALIKE = 0.9
 """Share of samples of one cost from which on the user is told that their costs teach little."""
 
-SIGNS = ((1e9, "G"), (1e6, "M"), (1e3, "K"))
-
 
 class Bars:
-    """Tells how a search goes; one of `search.Progress`."""
+    """Tells how a search goes; one of `session.Progress`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -89,8 +88,5 @@ class Bars:
 
 
 def quantity(value: float, unit: str) -> str:
-    """A number with its unit, to four digits: 40.9 MMAC would be 40.9 M MAC."""
-    for scale, sign in SIGNS:
-        if abs(value) >= scale:
-            return f"{value / scale:.4g} {sign} {unit}"
-    return f"{value:.4g} {unit}"
+    """A number with its unit, to four digits and in plain spaces: `40930000, "MAC"` as "40.93 M MAC"."""
+    return f"{si(value, digits=4)} {unit}".replace(SPACE, " ")

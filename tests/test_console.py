@@ -6,7 +6,12 @@ import pytest
 from rich.console import Console
 
 from budgetnet import SearchOptions
-from budgetnet.console import Bars
+from budgetnet.console import Bars, quantity
+
+
+def test_numbers_have_four_digits_and_the_prefix_that_limits_have():
+    told = [quantity(value, "MAC") for value in (999.96, 12_346, 999_999, 40_930_000, 3.2e12)]
+    assert told == ["1 K MAC", "12.35 K MAC", "1 M MAC", "40.93 M MAC", "3.2 T MAC"]
 
 
 @pytest.mark.parametrize(

@@ -529,7 +529,7 @@ def test_the_page_shows_the_cut(tmp_path):
     text = page(write(run))
     assert (text.count('<rect class="device"'), text.count('<rect class="cloud"')) == (3, 3)
     (mark,) = re.findall(r'<g class="mark">.*?>([^<]+)</text>', text)
-    assert mark == "60 kB"  # as it is one value, whatever its layer holds
+    assert mark == "60 KB"  # as it is one value, whatever its layer holds
     assert (text.count("runs on the device"), text.count("runs in the cloud")) == (3, 5)
     assert "For transfer:5M it is cut in two: the device runs 3 of its modules, 2.4 M MACs, and sends" in text
     assert "60,000 bytes" in text

@@ -158,6 +158,6 @@ def _mark(text: str, middle: NDArray[np.float64]) -> Mark:
 
 
 def _bytes(size: float) -> str:
-    """`128` as "128 B", `65536` as "66 kB": short, as it stands on a line."""
+    """`128` as "128 B", `65536` as "66 KB": short, as it stands on a line."""
     text = si(size, 3 if size < 1000 else 2)
     return text + ("B" if text[-1].isalpha() else f"{SPACE}B")

@@ -1,10 +1,10 @@
-"""Numbers for people: SI prefixes, units, shares and durations; a no-break space keeps number and unit together."""
+"""Numbers for people: the prefixes of limits, units, shares and durations; a no-break space keeps number and unit."""
 
 from __future__ import annotations
 
 SPACE = "\u00a0"
 TIMES, MINUS, MISSING = "\u00d7", "\u2212", "\u2013"
-PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 PLURALS = {"MAC": "MACs", "parameter": "parameters", "step": "steps", "byte": "bytes", "B": "bytes"}
 
 
@@ -28,11 +28,6 @@ def apart(value: float, limit: float) -> tuple[str, str]:
 def exact(value: float) -> str:
     """Every digit of a count, and of a mean of large ones, in groups of three; other numbers with 6 digits."""
     return f"{value:,.0f}" if (value == round(value) or abs(value) >= 1e5) and abs(value) < 1e15 else f"{value:.6g}"
-
-
-def with_unit(value: float, unit: str) -> str:
-    """`9818112, "MAC"` as "9.82 M MAC"."""
-    return f"{si(value)}{SPACE}{unit}"
 
 
 def plural(unit: str) -> str:
