@@ -169,27 +169,23 @@ def fitting_threshold(
         """The largest cost over its limit."""
         return max((observed.costs[b.name] / b.limit for b in budgets if b.upper), default=0.0)
 
-    def share(logit: float) -> float:
-        """The probability of a logit."""
-        return 1 / (1 + math.exp(-logit))
-
     found: list[tuple[float, float, Observed]] = []
     middle = look(0.5)
     if over(middle) <= 1:
         return 0.5, middle
-    ends = {end: look(share(end)) for end in (LARGEST, -LARGEST)}
+    ends = {end: look(probability(end)) for end in (LARGEST, -LARGEST)}
     for end, seen in ends.items():
         if over(seen) > 1:
             continue
         outside, inside, best = 0.0, end, seen
         for _ in range(steps):
             between = (outside + inside) / 2
-            now = look(share(between))
+            now = look(probability(between))
             if over(now) <= 1:
                 inside, best = between, now
             else:
                 outside = between
-        found.append((abs(inside), share(inside), best))
+        found.append((abs(inside), probability(inside), best))
     if not found:
         least = min(ends.values(), key=over)
         worst = max((b for b in budgets if b.upper), key=lambda b: least.costs[b.name] / b.limit)
@@ -199,6 +195,11 @@ def fitting_threshold(
         )
     _, tau, best = min(found, key=lambda one: one[0])
     return tau, best
+
+
+def probability(logit: float) -> float:
+    """The probability of a logit."""
+    return 1 / (1 + math.exp(-logit))
 
 
 def matching_threshold(cost: Callable[[Policy], float], noisy: Policy, *, steps: int = 12) -> float:
@@ -214,7 +215,7 @@ def matching_threshold(cost: Callable[[Policy], float], noisy: Policy, *, steps:
     """
 
     def at(logit: float) -> float:
-        return cost(Threshold(1 / (1 + math.exp(-logit))))
+        return cost(Threshold(probability(logit)))
 
     wanted, before = cost(noisy), at(0.0)
     if math.isclose(before, wanted, rel_tol=ALIKE):

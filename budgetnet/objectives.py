@@ -165,21 +165,6 @@ def annealed(start: float, limit: float, progress: float) -> float:
 
 
 @dataclass(frozen=True)
-class ConstantTarget:
-    """A target that stays: a share of the full network's cost, in [0, 1]."""
-
-    target: float
-
-    def __post_init__(self) -> None:
-        _check_share("target", self.target)
-
-    def __call__(self, epoch: float) -> float:
-        """The target at a position of `epoch` epochs, >= 0; a batch inside an epoch has a fraction."""
-        _check_epoch(epoch)
-        return self.target
-
-
-@dataclass(frozen=True)
 class SteppedTarget:
     """A target that falls in steps: `max(target, start - fall * floor(epoch / every))`.
 
@@ -264,24 +249,21 @@ class MovingTarget:
             self.value = self.decay * self.value + (1 - self.decay) * rate
 
 
-def gate_weight_decay(gates: int, *, base: float = 1e-4) -> float:
-    """Weight decay of the gates' logits, `20 / G * base`, so that it pulls as much on few gates as on many.
+def gate_weight_decay(gates: int) -> float:
+    """Weight decay of the gates' logits, `20 / G * 1e-4`, so that it pulls as much on few gates as on many.
 
     Decay adds up over the gates, and draws each to p = 1/2 (Eq. 2); the variance that polarises them is an average.
 
     Args:
         gates: G, >= 1.
-        base: weight decay of the other weights, >= 0.
 
     Raises:
-        ConfigError: an argument is outside its range.
+        ConfigError: there are no gates.
 
     Source: batch activation gating, section 4.1; the reason is in section 3.2.
     """
     _check_count("gates", gates)
-    if not 0 <= base < math.inf:
-        raise ConfigError(f"base must be a number >= 0, got {base}")
-    return 20 / gates * base
+    return 20 / gates * 1e-4
 
 
 def per_architecture(loss: Tensor, architectures: int) -> Tensor:

@@ -42,8 +42,8 @@ class SearchOptions:
         penalty: "price": the price times the relative excess; "batch-activation" (Eq. 1 of Herrmann et al.),
             "const-quad" (Eq. 3), each times the price; "per-gate": each gate's rate is drawn to
             the limit's share of the full cost, as in ConvNet-AIG. All but the first need the estimator gumbel.
-        target: how the limit in force comes down: "linear"; "stepped" by `target_fall` of the full cost
-            every `target_every` epochs (S1.1); "moving" or "exponential": it follows the batches' own
+        target: how the limit in force comes down: "linear", constant where `anneal` is 0; "stepped" by `target_fall`
+            of the full cost every `target_every` epochs (S1.1); "moving" or "exponential": it follows the batches' own
             cost, from the limit at the start of each epoch (S1.2).
         target_fall, target_every: of the stepped target.
         target_start: share of the full cost where a stepped target begins, and a moving one in each epoch; None

@@ -103,7 +103,7 @@ def search(
             budget.model.save()
     learner = Learner(network, bound, options, ignore=data.ignore, device=device, dtype=dtype)
     learner.chosen = fixed
-    session = Session(run, data, learner, options)
+    session = Session(run, data, learner)
     try:
         session.take_up()
         pairs = zip(limits, session.budgets, strict=True)  # as they were when the run began

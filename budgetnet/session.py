@@ -52,9 +52,9 @@ class Progress(Protocol):
 class Session:
     """One run: where it stands, and how it goes on from there."""
 
-    def __init__(self, run: RunFolder, data: Dataset, learner: Learner, options: SearchOptions) -> None:
-        self.run, self.data, self.learner, self.options = run, data, learner, learner.options
-        options = learner.options
+    def __init__(self, run: RunFolder, data: Dataset, learner: Learner) -> None:
+        self.run, self.data, self.learner = run, data, learner
+        self.options = options = learner.options
         self.network = learner.network
         common: dict[str, Any] = {"batch_size": options.batch_size, "device": learner.device}
         self.train = Batches(data.train, augmentation=data.augmentation, seed=options.seed, **common)

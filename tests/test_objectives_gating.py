@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from budgetnet.errors import ConfigError
 from budgetnet.objectives import (
-    ConstantTarget,
     MovingTarget,
     SteppedTarget,
     batch_activation,
@@ -118,7 +117,6 @@ def test_the_decay_of_gates_adds_up_to_the_same_however_many_they_are():
     """10^-4 is what the paper finds right for 10 to 20 gates; the share of a gate falls as their number grows."""
     assert gate_weight_decay(20) == 1e-4
     assert gate_weight_decay(1000) == pytest.approx(2e-6)
-    assert gate_weight_decay(40, base=3.0) == 1.5
     for gates in (1, 16, 7000):
         logits = torch.full((gates, 2), 3.0, dtype=torch.float64)
         assert gate_weight_decay(gates) * float((logits**2).sum()) == pytest.approx(20 * 1e-4 * 18)
@@ -200,10 +198,6 @@ def test_the_loss_of_each_gate_by_hand_and_its_gradient():
     assert (value.shape, value.item()) == ((), 0.125)
     value.backward()
     assert kept.grad.tolist() == [[0, 0.25], [0, 0.25]]  # 2 (mean - t) / (B G)
-
-
-def test_a_constant_target_stays():
-    assert [ConstantTarget(0.3)(epoch) for epoch in (0, 0.5, 100)] == [0.3] * 3
 
 
 def test_a_stepped_target_falls_as_the_paper_has_it():
@@ -372,8 +366,6 @@ RATE, KEPT = torch.ones(2), torch.ones(2, 3)
         (lambda: per_gate(KEPT, torch.tensor([0.5, 1, 2])), "target must lie in [0, 1], got 2.0"),
         (lambda: per_gate(KEPT, torch.tensor([0.5, -1, 1])), "target must lie in [0, 1], got -1.0"),
         (lambda: per_gate(KEPT, torch.tensor([0.5, math.nan, 1])), "target must lie in [0, 1], got nan"),
-        (lambda: ConstantTarget(1.1), "target must lie in [0, 1], got 1.1"),
-        (lambda: ConstantTarget(0.5)(-1), "epoch must be a number >= 0, got -1"),
         (lambda: SteppedTarget(-0.1), "target must lie in [0, 1], got -0.1"),
         (lambda: SteppedTarget(0.5, start=0.4), "start must lie between the target 0.5 and 1, got 0.4"),
         (lambda: SteppedTarget(0.5, start=1.1), "start must lie between the target 0.5 and 1, got 1.1"),
@@ -392,8 +384,6 @@ RATE, KEPT = torch.ones(2), torch.ones(2, 3)
         (lambda: MovingTarget(0.5).update(math.inf), "a batch's rate must be a number >= 0, got inf"),
         (lambda: gate_weight_decay(0), "gates must be a whole number >= 1, got 0"),
         (lambda: gate_weight_decay(1.5), "gates must be a whole number >= 1, got 1.5"),
-        (lambda: gate_weight_decay(4, base=-1.0), "base must be a number >= 0, got -1.0"),
-        (lambda: gate_weight_decay(4, base=math.inf), "base must be a number >= 0, got inf"),
         (
             lambda: distillation(KEPT, torch.ones(3, 2)),
             "student and teacher must both be (B, classes) or (B, classes, H, W), got (2, 3) and (3, 2)",

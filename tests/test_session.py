@@ -29,7 +29,7 @@ def session(folder: Path, network: bn.SuperNetwork, images: int, **options: Any)
     bound = [bn.Budget.parse("macs<=50%").bind(network)]
     chosen = bn.SearchOptions(**{"precision": "float32", "batch_size": 64} | options)
     learner = Learner(network, bound, chosen, ignore=None, device=torch.device("cpu"), dtype=torch.float32)
-    return Session(RunFolder(folder), digits, learner, chosen)
+    return Session(RunFolder(folder), digits, learner)
 
 
 def lines(one: Session) -> list[dict[str, Any]]:

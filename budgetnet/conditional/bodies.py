@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from budgetnet.extraction import fused
-from budgetnet.gated import narrowed_weight, selected
+from budgetnet.gated import cuttable, narrowed_weight, selected
 
 Pattern = tuple[bool, ...]
 """Which of a body's n channel groups are open, of those that the input decides on."""
@@ -199,17 +199,15 @@ class Body(nn.Module):
             shares = [count / len(owner) for count, owner in zip(counts, self.owners, strict=True)]
             done = 0.0
             for work, (before, behind), layer in zip(self.work, self.places, self.layers, strict=True):
-                mixes = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-                read = shares[before] if mixes and before is not None else 1.0
+                read = shares[before] if before is not None and cuttable(layer) else 1.0
                 done += work * read * (1.0 if behind is None else shares[behind])
             found = self._known[pattern] = (all(counts), done / max(sum(self.work), 1e-30))
         return found
 
     def _versions(self) -> tuple[int, ...]:
-        """Counts that rise when a weight is written to: what was narrowed before is then out of date."""
         if not self._weights:
             self._weights = list(self.parameters())
-        return tuple([0 if value.is_inference() else value._version for value in self._weights])
+        return versions(self._weights)
 
     def _size(self) -> int:
         return sum(value.numel() for value in self.parameters())
@@ -282,6 +280,11 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether a layer does what its kind does, and nothing else."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks
     return type(layer) in (nn.Conv2d, nn.Linear, *RELUS) and not hooks
+
+
+def versions(values: Sequence[Tensor]) -> tuple[int, ...]:
+    """How often each was written to: what was made of it before is out of date when that rises."""
+    return tuple([0 if value.is_inference() else value._version for value in values])
 
 
 def within(whole: Tensor | None, kept: Tensor | None) -> Tensor | None:

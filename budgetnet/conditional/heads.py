@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from budgetnet.conditional.bodies import versions
 from budgetnet.extraction import fold_batch_norm
-from budgetnet.sites import ConditionalGates, ExitGate
+from budgetnet.sites import ConditionalGates, ExitGate, Threshold
 
 SMALL = 128
 """Hidden features up to which the last layer of a head is computed in Python for a single example."""
@@ -123,11 +123,6 @@ class Held(NamedTuple):
     versions: tuple[int, ...]
 
 
-def versions(values: Sequence[Tensor]) -> tuple[int, ...]:
-    """How often each was written to: what was made of it before is out of date when that rises."""
-    return tuple([0 if value.is_inference() else value._version for value in values])
-
-
 class RecallingHead(Head):
     """Gates that see each other's tentative decisions: all are computed, those asked for are corrected and returned.
 
@@ -209,7 +204,7 @@ def narrowed_head(head: nn.Module, columns: Sequence[int], count: int, tau: floa
     Returns:
         Maps features to `(B, n)` values > 0 where a gate is open: logits less that of `tau`.
     """
-    threshold = math.log(tau / (1 - tau)) if 0 < tau < 1 else math.copysign(math.inf, tau - 0.5)
+    threshold = Threshold(tau).logit
     head = copy.deepcopy(head).eval()
     if type(head) is ConditionalGates:
         pooled = RecallingHead(head, columns) if head.recall is not None else PooledHead(head, columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from math import inf, prod
 from typing import ClassVar
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from budgetnet.costs.additive import EdgeCost, MACs
 from budgetnet.costs.footprints import FLOAT
-from budgetnet.costs.steps import max_of
 from budgetnet.errors import ConfigError
 from budgetnet.graph import topological_order
 from budgetnet.supernet import SuperNetwork
@@ -179,7 +179,8 @@ class ScheduleCost:
             sent[:, 0] = 0
             return sent
         if task < nodes:
-            return max_of([torch.where(on[other - nodes][:, None], arrived[other], 0.0) for other in self.before(task)])
+            before = [torch.where(on[other - nodes][:, None], arrived[other], 0.0) for other in self.before(task)]
+            return reduce(torch.maximum, before)
         return arrived[self.before(task)[0]]
 
     def _work(self, task: int, used: Tensor, on: Tensor) -> Tensor:

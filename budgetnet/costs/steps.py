@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -93,7 +94,7 @@ class StepCost:
             if task < nodes:
                 entering = self.graph.incoming[task]
                 before = [finished[nodes + edge] for edge in entering]
-                ready = max_of(before) if before else torch.zeros_like(latest)
+                ready = reduce(torch.maximum, before) if before else torch.zeros_like(latest)
                 steps, works = self.node_steps[task], None
                 if steps:  # the input has nothing that enters it
                     works = columns[list(entering or self.graph.outgoing[task])].any(dim=0)
@@ -116,11 +117,3 @@ class StepCost:
             finished[task] = ready if works is None else ready * works
             latest = torch.maximum(latest, finished[task])
         return latest.to(torch.float64)
-
-
-def max_of(values: list[Tensor]) -> Tensor:
-    """Elementwise largest."""
-    largest = values[0]
-    for value in values[1:]:
-        largest = torch.maximum(largest, value)
-    return largest

@@ -66,12 +66,7 @@ class Record:
 
     def numbers(self, key: str, length: int | None = None) -> tuple[float, ...]:
         """A list of finite numbers, `length` of them where it is given."""
-        numbers = [
-            Record({key: value}, self.file, self.place).number(key) for value in self._list(key, object, "numbers")
-        ]
-        if length not in (None, len(numbers)):
-            raise FileError(f"{self._where(key)} must be {length} numbers, got {len(numbers)}")
-        return tuple(numbers)
+        return tuple(item.number(key) for item in self._items(key, length, "numbers"))
 
     def flags(self, key: str, length: int) -> tuple[bool, ...]:
         """A list of so many times true or false."""
@@ -122,11 +117,11 @@ class Record:
 
         return self._read(key, f"a list of {of}", fits, list)
 
-    def _items(self, key: str, length: int) -> list[Record]:
-        """Each item of a list of that length as a record that holds it under the same key."""
-        items: list[object] = self._list(key, object, "values")
-        if len(items) != length:
-            raise FileError(f"{self._where(key)} must be {length} values, got {len(items)}")
+    def _items(self, key: str, length: int | None, of: str = "values") -> list[Record]:
+        """Each item of a list, of that length where it is given, as a record that holds it under the same key."""
+        items: list[object] = self._list(key, object, of)
+        if length not in (None, len(items)):
+            raise FileError(f"{self._where(key)} must be {length} {of}, got {len(items)}")
         return [Record({key: item}, self.file, self.place) for item in items]
 
     def _at(self, key: str, values: dict[str, Any]) -> Record:
