@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -170,17 +170,9 @@ class SearchOptions:
             )
         for share in self.milestones:
             _check("milestones", share, least=0, below=1)
-        for name, choices in (
-            ("schedule", ("one-cycle", "steps", "constant")),
-            ("estimator", ("auto", "score", "gumbel", "soft-gumbel")),
-            ("penalty", ("price", "batch-activation", "const-quad", "per-gate")),
-            ("target", ("linear", "stepped", "moving", "exponential")),
-            ("gate_optimizer", ("adam", "sgd")),
-            ("baseline", ("leave-one-out", "batch-mean", "moving-average")),
-            ("precision", ("auto", "float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                raise ConfigError(f"{name} must be {' or '.join(words)}, got {getattr(self, name)!r}")
         if self.price != "dual":
             _check("price", self.price, least=0)
         if self.architectures not in (None, "example"):
@@ -282,6 +274,12 @@ class SearchOptions:
         value = getattr(self, name)
         kind = "gumbel" if self.estimator in ("gumbel", "soft-gumbel") else "score"
         return DEFAULTS[kind][name] if value is None else value
+
+
+WORDS: dict[str, tuple[str, ...]] = {
+    name: get_args(hint) for name, hint in get_type_hints(SearchOptions).items() if get_origin(hint) is Literal
+}
+"""The words that an option takes, of options that take nothing else."""
 
 
 def resolve_device(name: str) -> torch.device:
