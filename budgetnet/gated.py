@@ -279,7 +279,7 @@ def narrowed_conv(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | No
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
     if layer.kernel_size == (1, 1) and padding == (0, 0):
         # the pixels that it reads: oneDNN writes out of bounds in the backward pass of strided 1x1
-        # convolutions of less than 7 channels (channels last, AVX2)
+        # convolutions of few channels (`memory_format`)
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     return F.conv2d(x, weight, bias, stride, padding, layer.dilation, groups)
 

@@ -1,4 +1,4 @@
-"""Choosing among architectures: the Pareto front, and candidates that keep the budgets when they are measured."""
+"""Choosing among architectures: candidates that keep the budgets when they are measured; a report's Pareto front."""
 
 from __future__ import annotations
 

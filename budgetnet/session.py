@@ -316,7 +316,7 @@ class Session:
         self.settle(used[best : best + 1])
 
     def settle(self, used: Tensor) -> None:
-        """Sets the batch norms of an architecture, `(1, E)` used edges, to what its own activations are."""
+        """Sets the batch norms of an architecture, `(1, U)` used units, to what its own activations are."""
         batches = islice(self.train.epoch(self.epoch), self.options.recalibration)
         recalibrate(self.network, self.predict(lambda x: self.network.run(x, used)), batches)
 

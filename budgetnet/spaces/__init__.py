@@ -1,4 +1,4 @@
-"""Search spaces: one builder function for each named space, and those of the user by `file.py:function`."""
+"""Search spaces: one builder function for each named space."""
 
 from collections.abc import Callable
 
