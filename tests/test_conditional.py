@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from budgetnet import Edge, Node, SuperNetwork, spaces
 from budgetnet.conditional import ConditionalNetwork, conditional, export_conditional, polarised
 from budgetnet.conditional.branches import Limits, union
+from budgetnet.conditional.heads import narrowed_head
 from budgetnet.conditional.tuning import line
 from budgetnet.costs.additive import edge_cost, module_macs
 from budgetnet.errors import ConfigError
@@ -438,10 +439,10 @@ def test_heads_shrink_to_the_gates_that_are_left(memory: bool, pairs: bool):
     torch.testing.assert_close(output, network.run(x, network.used(kept)), rtol=1e-4, atol=1e-4)
     assert edge.head is not None
     if memory:  # each gate that is left is corrected by the tentative decisions of all
-        first, second, recall = 4 * 8 * (CHANNELS + 1), 4 * (4 * 8 + 1), 4 * 5 + 2 * 5
+        first, second, recall = 4 * 8 * (CHANNELS + 1), 4 * (8 + 1), 4 * 5 + 2 * 5
         assert parameters(edge.head) == first + second + recall
     else:
-        assert parameters(edge.head) == 2 * 8 * (CHANNELS + 1) + 2 * (2 * 8 + 1)
+        assert parameters(edge.head) == 2 * 8 * (CHANNELS + 1) + 2 * (8 + 1)
     # the weights of the closed group are gone
     assert parameters(edge.body) == (9 * CHANNELS + 1) * 4 + CHANNELS * (4 * 9 + 1)
 
@@ -904,3 +905,19 @@ def test_the_spaces_skip_and_give_the_same(name: str):
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-4 * scale)
         torch.testing.assert_close(plain(x), expected, rtol=0, atol=1e-4 * scale)
         assert decided_alike(network, own, kept)
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 80])
+def test_a_head_holds_no_weight_but_those_of_its_gates_and_decides_one_as_many(count: int):
+    """However many gates: each reads 16 features of its own, and some were closed for good."""
+    gates = stir(ConditionalGates(CHANNELS, count), 0).eval()
+    columns = [column for column in range(count) if column % 5 != 3]
+    head = narrowed_head(gates, columns, count, tau=0.5)
+    assert parameters(head) == len(columns) * (16 * (CHANNELS + 1) + 16 + 1)
+    x = torch.randn(3, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = gates(x)[:, columns]
+        torch.testing.assert_close(head(x), expected)
+        assert head(x[:0]).shape == (0, len(columns))
+        for row, values in zip(x, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(head.one(row[None])), values)

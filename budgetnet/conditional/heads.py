@@ -15,7 +15,7 @@ from budgetnet.conditional.bodies import versions
 from budgetnet.extraction import fold_batch_norm
 from budgetnet.sites import ConditionalGates, ExitGate, Threshold
 
-SMALL = 128
+SMALL = 256
 """Hidden features up to which the last layer of a head is computed in Python for a single example."""
 
 
@@ -29,9 +29,7 @@ class Head(nn.Module):
 
 
 class PooledHead(Head):
-    """Two linear layers on the mean of each channel: what `ConditionalGates` compute, for some of its gates.
-
-    The second layer holds zeros where one gate would read another's hidden features.
+    """Two layers on the mean of each channel: what `ConditionalGates` compute, for some of its gates.
 
     Args:
         gates: in evaluation mode.
@@ -49,13 +47,12 @@ class PooledHead(Head):
         rows = [row for column in columns for row in range(column * hidden, (column + 1) * hidden)]
         self.reduce = linear(reduce.weight.detach()[rows].flatten(1), cast(Tensor, reduce.bias).detach()[rows])
         self._held: Held | None = None
-        apart = torch.block_diag(*weight[list(columns)])  # type: ignore[no-untyped-call]
-        self.decide = linear(apart, bias[list(columns)].flatten())
+        self.decide = Apart(weight[list(columns), 0], bias[list(columns), 0])
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, channels, H, W)` features to `(B, n)` logits."""
-        hidden = F.linear(x.mean(dim=(2, 3)), self.reduce.weight, self.reduce.bias).relu_()
-        return F.linear(hidden, self.decide.weight, self.decide.bias)
+        values: Tensor = self.decide(F.linear(x.mean(dim=(2, 3)), self.reduce.weight, self.reduce.bias).relu_())
+        return values
 
     def one(self, x: Tensor) -> list[float]:
         """The n values of a single example `(1, channels, H, W)`.
@@ -77,7 +74,7 @@ class PooledHead(Head):
         features = torch.addmv(held.bias, held.weight, torch.mv(flat, held.mean))
         values: list[float] = []
         if len(held.weight) > SMALL:
-            values = torch.addmv(held.second[1], held.second[0], features.relu_()).tolist()
+            values = self.decide(features.relu_()[None])[0].tolist()
             return values
         hidden, at = features.tolist(), 0
         for value, weights in held.gates:
@@ -89,12 +86,7 @@ class PooledHead(Head):
         return values
 
     def _hold(self, x: Tensor, pixels: int) -> Held:
-        size = self.decide.in_features // self.decide.out_features
-        rows = self.decide.weight.tolist()
-        gates = [
-            (bias, row[gate * size : (gate + 1) * size])
-            for gate, (bias, row) in enumerate(zip(self.decide.bias.tolist(), rows, strict=True))
-        ]
+        gates = list(zip(self.decide.bias.tolist(), self.decide.weight.tolist(), strict=True))
         second = (self.decide.weight, self.decide.bias)
         mean = x.new_full((pixels,), 1 / pixels)
         return Held(mean, self.reduce.weight, self.reduce.bias, gates, second, versions(second))
@@ -103,6 +95,24 @@ class PooledHead(Head):
         self._held = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class Apart(nn.Module):
+    """One value for each gate from hidden features of its own: `(B, n h)` to `(B, n)`.
+
+    Args:
+        weight: `(n, h)`.
+        bias: `(n,)`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """A sum of products: torch and onnxruntime take longer for as many convolutions of one pixel."""
+        apart = hidden.view(len(hidden), *self.weight.shape)
+        return (apart * self.weight).sum(dim=2) + self.bias
 
 
 class Held(NamedTuple):
