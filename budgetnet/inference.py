@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from budgetnet.budgets import BoundBudget, CostModel
+from budgetnet.budgets import TOLERANCE, BoundBudget, CostModel
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.evaluation import Examples, evaluate
 from budgetnet.sites import AlwaysOn, Policy, Sample, Threshold
@@ -151,47 +151,54 @@ def expected_costs(
 def fitting_threshold(
     budgets: Sequence[BoundBudget], look: Callable[[float], Observed], *, steps: int = 12
 ) -> tuple[float, Observed]:
-    """The threshold nearest to 1/2 at which the expected costs keep every budget.
+    """The threshold nearest to 1/2 at which the expected costs keep every budget, and come to every target.
 
     A higher one closes gates, which costs less; of exits a lower one takes more of them, which costs less too. Both
-    sides are halved towards 1/2, as logits, and only what was seen to fit is returned.
+    sides are halved towards 1/2, as logits, for where what is too much or too little at 1/2 is so no more, and only
+    what was seen to fit is returned.
 
     Args:
-        budgets: "at most" limits; targets are not searched for.
+        budgets: limits and targets.
         look: what is seen at a threshold; its costs have the budgets' names.
         steps: halvings of each side.
 
     Raises:
-        UnreachableBudget: neither end keeps them.
+        UnreachableBudget: on neither side a threshold was found that keeps them.
     """
 
-    def over(observed: Observed) -> float:
-        """The largest cost over its limit."""
-        return max((observed.costs[b.name] / b.limit for b in budgets if b.upper), default=0.0)
+    middle = look(0.5)
+    if all_kept(budgets, middle):
+        return 0.5, middle
+    wrong = [(budget, middle.costs[budget.name] > budget.limit) for budget in budgets if not all_kept([budget], middle)]
+
+    def righted(observed: Observed) -> bool:
+        """Whether nothing is too much that is so at 1/2, nor too little; it may be the other by now."""
+        return all(
+            all_kept([budget], observed) or (observed.costs[budget.name] > budget.limit) != over
+            for budget, over in wrong
+        )
 
     found: list[tuple[float, float, Observed]] = []
-    middle = look(0.5)
-    if over(middle) <= 1:
-        return 0.5, middle
-    ends = {end: look(probability(end)) for end in (LARGEST, -LARGEST)}
-    for end, seen in ends.items():
-        if over(seen) > 1:
-            continue
-        outside, inside, best = 0.0, end, seen
-        for _ in range(steps):
-            between = (outside + inside) / 2
-            now = look(probability(between))
-            if over(now) <= 1:
-                inside, best = between, now
-            else:
-                outside = between
-        found.append((abs(inside), probability(inside), best))
+    tried = [middle]
+    for end in (LARGEST, -LARGEST):
+        outside, inside, best = 0.0, end, look(probability(end))
+        if righted(best):
+            for _ in range(steps):
+                between = (outside + inside) / 2
+                now = look(probability(between))
+                if righted(now):
+                    inside, best = between, now
+                else:
+                    outside = between
+        tried.append(best)
+        if all_kept(budgets, best):
+            found.append((abs(inside), probability(inside), best))
     if not found:
-        least = min(ends.values(), key=over)
-        worst = max((b for b in budgets if b.upper), key=lambda b: least.costs[b.name] / b.limit)
+        nearest = min(tried, key=lambda seen: max(missed(budget, seen) for budget in budgets))
+        worst = max(budgets, key=lambda budget: missed(budget, nearest))
         raise UnreachableBudget(
-            f"{worst.name} must be at most {worst.limit:.6g} {worst.unit}, but at the threshold of the gates that "
-            f"costs least the network takes {least.costs[worst.name]:.6g}"
+            f"{worst.name} must be {'at most' if worst.upper else 'near'} {worst.limit:.6g} {worst.unit}, but at the "
+            f"threshold of the gates that comes nearest the network takes {nearest.costs[worst.name]:.6g}"
         )
     _, tau, best = min(found, key=lambda one: one[0])
     return tau, best
@@ -200,6 +207,17 @@ def fitting_threshold(
 def probability(logit: float) -> float:
     """The probability of a logit."""
     return 1 / (1 + math.exp(-logit))
+
+
+def all_kept(budgets: Sequence[BoundBudget], observed: Observed) -> bool:
+    """Whether the costs that were seen keep all limits, and come to all targets."""
+    return all(bool(each.met(torch.tensor(observed.costs[each.name], dtype=torch.float64))) for each in budgets)
+
+
+def missed(budget: BoundBudget, observed: Observed) -> float:
+    """How far the cost that was seen is from a budget, as a share of it: 0 where it is kept."""
+    excess = observed.costs[budget.name] / budget.limit - 1
+    return max(0.0, excess if budget.upper else abs(excess) - TOLERANCE)
 
 
 def matching_threshold(cost: Callable[[Policy], float], noisy: Policy, *, steps: int = 12) -> float:
@@ -258,7 +276,7 @@ def settled_threshold(
             break
         settle(tau)
         before, seen = tau, look(tau)
-        if all(seen.costs[budget.name] <= budget.limit for budget in budgets if budget.upper):
+        if all_kept(budgets, seen):
             break
         tau, seen = fitting_threshold(budgets, look)
     return tau, seen

@@ -42,10 +42,10 @@ def seen() -> list[Tensor]:
     return [batch(50)[0], batch(51, 12)[0]]
 
 
-def looks(total_steps: int = 10, **options: object) -> bn.Controller:
+def looks(total_steps: int = 10, budget: str = "macs<=60%", **options: object) -> bn.Controller:
     """Of gates that look at the input: 2 of ten steps to warm up, 4 with noise, 4 without."""
     given = bn.SearchOptions(**{"warmup": 0.2, "noiseless": 0.5, **options})
-    return bn.Controller(looking(), ["macs<=60%"], given, total_steps=total_steps, examples=seen)
+    return bn.Controller(looking(), [budget], given, total_steps=total_steps, examples=seen)
 
 
 def controller(space: Callable[[], bn.SuperNetwork] = fabric, *budgets: object, **given: object) -> bn.Controller:
@@ -158,8 +158,9 @@ def test_gates_that_look_at_the_input_end_in_the_engines_weights_too():
     assert moved == [True]
 
 
-def test_gates_that_look_at_the_input_are_settled_within_the_budget():
-    one = looks()
+@pytest.mark.parametrize("asked", ["macs<=60%", "macs~=80%"])
+def test_gates_that_look_at_the_input_are_settled_within_the_budget(asked):
+    one = looks(budget=asked)
     optimizer, network = sgd_of_groups(one), one.steering.network
     while one.phase != "settle":
         step(one, optimizer, one.steps)
@@ -173,10 +174,10 @@ def test_gates_that_look_at_the_input_are_settled_within_the_budget():
     costs = torch.cat([budget.model(network.used(network.eval()(x, Threshold(tau))[1])) for x in seen()])
     assert outcome["met"]
     assert outcome["value"] == pytest.approx(float(costs.mean()))
-    assert outcome["value"] <= budget.limit
+    assert budget.met(costs.mean())
     plain, x = one.network(), batch(70)[0]
     torch.testing.assert_close(plain(x), network(x, Threshold(tau))[0].detach(), rtol=1e-4, atol=1e-5)
-    again = looks()
+    again = looks(budget=asked)
     again.load_state_dict(state)
     assert (again.phase, again.tau) == ("settle", None)
     again.load_state_dict(one.state_dict())

@@ -115,9 +115,10 @@ def test_an_ensemble_is_the_mean_of_its_stochastic_runs():
     )
 
 
-def budgets(limit: float) -> list:
+def budgets(limit: float | str) -> list:
+    """At most so many MACs, or what the text asks for."""
     network = bn.spaces.resnet(depth=8, channels=4, image_size=8)
-    return [bn.Budget(bn.costs.MACs(), at_most=limit).bind(network)]
+    return [bn.Budget.parse(text if "=" in text else f"macs<={text}").bind(network) for text in str(limit).split()]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,58 @@ def test_the_threshold_nearest_to_one_half_is_found(cost, limit, expected):
     tau, seen = fitting_threshold(budgets(limit), look)
     assert abs(tau - 0.5) == pytest.approx(abs(expected - 0.5), abs=0.01)
     assert seen.costs["macs"] == cost(tau) <= limit
+
+
+@pytest.mark.parametrize(
+    ("cost", "asked", "expected"),
+    [
+        (lambda tau: 100 * (1 - tau), "macs~=52", 0.5),  # near enough as it is
+        (lambda tau: 100 * (1 - tau), "macs~=70", 1 - 0.95 * 0.7),  # too little at 1/2: open more
+        (lambda tau: 100 * (1 - tau), "macs~=30", 1 - 1.05 * 0.3),  # too much: close more
+        (lambda tau: 100 * tau, "macs~=70", 0.95 * 0.7),  # exits: take less
+        (lambda tau: 100 * tau, "macs~=30", 1.05 * 0.3),
+        (lambda tau: 100 * (1 - tau), "macs~=30 params<=30", 0.7),  # both cost the same here
+        (lambda tau: 100 * (1 - tau), "macs~=70 params~=72", 1 - 0.95 * 0.72),
+    ],
+)
+def test_a_threshold_comes_to_a_target_from_either_side(cost, asked, expected):
+    def look(tau: float) -> Observed:
+        return Observed({}, dict.fromkeys(("macs", "params"), cost(tau)), [])
+
+    asked = budgets(asked)
+    tau, seen = fitting_threshold(asked, look)
+    assert tau == pytest.approx(expected, abs=0.01)
+    for budget in asked:
+        assert budget.met(torch.tensor(seen.costs[budget.name]))
+
+
+@pytest.mark.parametrize(
+    ("cost", "asked", "line"),
+    [
+        (lambda tau: 60 if tau < 0.7 else 20, "macs~=40", "macs must be near 40 MAC, but .* comes nearest .* takes "),
+        (lambda tau: 60 - 10 * tau, "macs~=70", "macs must be near 70 MAC, but at the threshold .* takes 60$"),
+        (lambda tau: 100 * (1 - tau), "macs~=70 params<=30", "must be .* but at the threshold of the gates"),
+    ],
+)
+def test_a_target_that_no_threshold_comes_to_is_said_in_one_line(cost, asked, line):
+    def look(tau: float) -> Observed:
+        return Observed({}, dict.fromkeys(("macs", "params"), cost(tau)), [])
+
+    with pytest.raises(UnreachableBudget, match=line):
+        fitting_threshold(budgets(asked), look)
+
+
+def test_a_target_is_come_to_with_the_batch_norms_of_its_threshold():
+    """The cost is 12 % less where batch norms are those of a threshold below 1/2."""
+    settled = []
+
+    def look(tau: float) -> Observed:
+        return Observed({}, {"macs": 100 * (1 - tau) * (0.88 if settled[-1] < 0.5 else 1)}, [])
+
+    tau, seen = settled_threshold(budgets("macs~=70"), look, settled.append)
+    assert settled[-1] == tau
+    assert tau == pytest.approx(1 - 0.95 * 0.7 / 0.88, abs=0.01)
+    assert seen.costs["macs"] == pytest.approx(0.95 * 70, rel=0.01)
 
 
 def test_a_budget_that_no_threshold_keeps_is_said_in_one_line():
