@@ -231,11 +231,17 @@ class Certainty(nn.Module):
     """How sure an answer is: its largest probability, how far that is ahead of the second, and the entropy in nats."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, classes)` logits to `(B, 3)`, without a gradient to them: to be sure is no aim of its own."""
-        logs = F.log_softmax(x.detach().float(), dim=1)
+        """`(B, classes)` logits to `(B, 3)`, without a gradient to them: to be sure is no aim of its own.
+
+        Computed in float32 or better, and given in the type of the logits; under autocast in float32.
+        """
+        logs = F.log_softmax(x.detach().to(torch.promote_types(x.dtype, torch.float32)), dim=1)
         best = logs.exp().topk(2, dim=1).values
         unsure = -(logs.exp() * logs).sum(dim=1, keepdim=True)
-        return torch.cat([best[:, :1], best[:, :1] - best[:, 1:], unsure], dim=1)
+        found = torch.cat([best[:, :1], best[:, :1] - best[:, 1:], unsure], dim=1)
+        device = x.device.type
+        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return found if mixed else found.to(x.dtype)
 
 
 class Policy(Protocol):

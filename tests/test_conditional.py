@@ -869,6 +869,26 @@ def test_examples_are_run_in_bfloat16_too(batch: int):
     assert plain(x).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half, torch.double])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_exits_that_answer_first_run_in_any_float_type(dtype: torch.dtype, batch: int):
+    torch.manual_seed(0)
+    network = spaces.densenet_exits(depth=10, growth=4, image_size=8, exit_channels=4)
+    for head in network.heads.values():
+        nn.init.normal_(head.decide.weight)
+        head.reset(0.0)
+    reference(network, images(network, 64, 99))
+    network.eval()
+    x, plain = images(network, batch).to(dtype), conditional(network, None).to(dtype)
+    expected, decisions = reference(network.to(dtype), x)
+    output, kept = plain.decide(x)
+    assert output.dtype == plain(x).dtype == expected.dtype == dtype
+    alike = (kept == decisions).all(dim=1)  # a gate at its threshold may be rounded to either side
+    assert alike.float().mean() > 0.8
+    close = {} if dtype == torch.double else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(output[alike], expected[alike], **close)
+
+
 def test_inputs_and_tables_that_do_not_fit_the_network():
     network = gated_by_pixels(own=True, groups=False)
     plain = conditional(network)
