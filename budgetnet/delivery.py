@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
         )
 
     def settle(tau: float) -> None:
-        batches = islice(session.train.epoch(session.epoch), session.options.recalibration)
+        batches = session.train.several(session.options.recalibration, session.epoch)
         recalibrate(network, lambda x: network.masked(x, Threshold(tau))[0], batches)
 
     # a GPU would round float32 to fewer digits
@@ -268,7 +267,7 @@ def evaluate_gates(
     asked = [parse_cost(text) for text in costs]
     generator = torch.Generator().manual_seed(inference.seed)
     if recalibration:
-        batches = islice(Batches(data.train, batch_size=batch_size, seed=inference.seed).epoch(0), recalibration)
+        batches = Batches(data.train, batch_size=batch_size, seed=inference.seed).several(recalibration)
         recalibrate(network, lambda x: network(x, inference.deciders(len(x), generator)[0])[0], batches)
     network.eval()
     seen = observe(

@@ -84,7 +84,8 @@ class SearchOptions:
             Without it the gates settle early on what looked best at first. 0 for gates that look at the input.
         anneal: share of the search during which the limit falls from the expected cost to its value.
         candidates: architectures compared on validation data when one is chosen.
-        recalibration: batches that set an architecture's batch norms before it is judged.
+        recalibration: batches that set an architecture's batch norms before it is judged, of as many epochs as they
+            take; the papers' 200.
         validate_every: epochs between looks at the validation data.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the machine has it in hardware.
         device: "cpu", "cuda", or "auto": cuda where there is one.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from math import sqrt
 from typing import Any, Protocol
 
@@ -162,8 +161,8 @@ class Session:
             position, generator = self.position(step), seeded(self.learner.device, self.options.seed, step)
             before, now = (place - self.options.warmup_epochs for place in (self.position(step - 1), position))
             if phase == "search" and self.learner.noise_ends(before, now):
-                seen = islice((one for one, _ in self.train.epoch(self.epoch)), self.options.recalibration)
-                self.learner.end_noise(seen, generator, self.learner.forward)
+                looked = self.train.several(self.options.recalibration, self.epoch)
+                self.learner.end_noise((one for one, _ in looked), generator, self.learner.forward)
             self.learner.step(
                 x,
                 y,
@@ -280,7 +279,7 @@ class Session:
         plain = extract(self.network, kept)
         predict = self.predict(plain)
         if afresh:
-            recalibrate(plain, predict, islice(self.train.epoch(self.epoch), self.options.recalibration))
+            recalibrate(plain, predict, self.train.several(self.options.recalibration, self.epoch))
         plain.eval()
         return self.quality(predict, self.validation)
 
@@ -317,7 +316,7 @@ class Session:
 
     def settle(self, used: Tensor) -> None:
         """Sets the batch norms of an architecture, `(1, U)` used units, to what its own activations are."""
-        batches = islice(self.train.epoch(self.epoch), self.options.recalibration)
+        batches = self.train.several(self.options.recalibration, self.epoch)
         recalibrate(self.network, self.predict(lambda x: self.network.run(x, used)), batches)
 
     def test_batches(self) -> Batches:

@@ -193,3 +193,14 @@ def test_an_epoch_from_disk_can_be_left_early(tmp_path, monkeypatch):
 def test_a_wrong_option_is_one_clear_line(build, line):
     with pytest.raises(ConfigError, match=line):
         build()
+
+
+def test_several_batches_go_on_with_the_epochs_behind():
+    batches = Batches(split_of(), batch_size=8, seed=1)
+    expected = [*batches.epoch(3), *batches.epoch(4), next(batches.epoch(5))]
+    found = list(batches.several(5, 3))
+    assert len(found) == 5
+    for (x, y), (images, classes) in zip(found, expected, strict=True):
+        assert torch.equal(x, images)
+        assert torch.equal(y, classes)
+    assert not list(batches.several(0))

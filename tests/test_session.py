@@ -73,6 +73,18 @@ def test_activation_is_the_share_of_samples_in_which_a_gate_was_open(tmp_path):
     assert one.activation() == pytest.approx(blocks | sites)
 
 
+def test_as_many_batches_set_batch_norms_as_are_asked_for(tmp_path):
+    """Three batches an epoch: eight are two epochs and two batches of a third."""
+    network = stir(fabric(), 0)
+    one = session(tmp_path, network, 192, recalibration=8)
+    used = network.used(network.architecture("full"))
+    one.settle(used)
+    batches = [x for epoch in range(3) for x, _ in one.train.epoch(epoch)]
+    assert unsettled(network, lambda network, x: network.run(x, used), batches[:8]) < 1e-4
+    for other in (batches[:3], batches):
+        assert unsettled(network, lambda network, x: network.run(x, used), other) > 1e-4
+
+
 def test_what_is_chosen_was_judged_with_batch_norms_of_its_own_and_goes_on_with_them(tmp_path):
     network = stir(fabric(), 0)
     one = session(tmp_path, network, 256, recalibration=3, candidates=4)

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
@@ -87,6 +87,18 @@ class Batches:
             raise ConfigError(f"an epoch of {len(self)} batches starts at 0 to {len(self)}, got {start}")
         return self._epoch(epoch, start)
 
+    def several(self, number: int, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields so many batches from the start of an epoch on, and of those behind it where it has fewer.
+
+        Args:
+            number: of batches, >= 0.
+            epoch: the first one's number, >= 0.
+
+        Returns:
+            Pairs as `epoch` yields them.
+        """
+        return islice(chain.from_iterable(map(self.epoch, count(epoch))), number)
+
     def _epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = np.arange(len(self.split))
         if self.shuffle:
@@ -128,9 +140,8 @@ class Batches:
         pad, flip = self.augmentation.pad, self.augmentation.flip
         if not pad and not flip:
             return images, targets
-        count = len(images)
-        shift = torch.from_numpy(random.integers(0, 2 * pad + 1, (2, count))).to(images.device)
-        mirrored = torch.from_numpy(random.random(count) < (0.5 if flip else 0.0)).to(images.device)
+        shift = torch.from_numpy(random.integers(0, 2 * pad + 1, (2, len(images)))).to(images.device)
+        mirrored = torch.from_numpy(random.random(len(images)) < (0.5 if flip else 0.0)).to(images.device)
         images = shifted(images, shift[0], shift[1], mirrored, pad, 0)
         if targets.ndim == 3:
             targets = shifted(targets[:, None], shift[0], shift[1], mirrored, pad, self.augmentation.fill)[:, 0]
