@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from budgetnet.errors import ConfigError
+from budgetnet.objectives import MOVING
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "score": {"warmup": 0.2, "finetune": 0.4, "gate_rate": 0.1, "gate_start": 3.0, "architectures": 16}
@@ -46,8 +47,8 @@ class SearchOptions:
             of the full cost every `target_every` epochs (S1.1); "moving" or "exponential": it follows the batches' own
             cost, from the limit at the start of each epoch (S1.2).
         target_fall, target_every: of the stepped target.
-        target_start: share of the full cost where a stepped target begins, and a moving one in each epoch; None
-            for 1, and for the limit's own share.
+        target_start: share of the full cost where a stepped target begins, and a moving one, for which it is > 0, in
+            each epoch; None for 1, and for the limit's own share.
         gate_decay: weight decay of the gates; "papers" for 20 / G * 1e-4.
         distillation: weight of the loss that draws samples, and the chosen network, to what the full
             network predicts for the same images; 0 for none. The full network learns beside its samples,
@@ -159,6 +160,8 @@ class SearchOptions:
             if self.target_start > 1 or self.target == "linear":
                 whole = "a share of the full cost, of a stepped or moving target"
                 raise ConfigError(f"target_start must be {whole}, got {self.target_start} with {self.target}")
+            if self.target_start == 0 and self.target in MOVING:
+                raise ConfigError(f"target_start of a moving target must be > 0, got {self.target_start}")
         if self.gate_decay != "papers":
             _check("gate_decay", self.gate_decay, least=0)
         for name in ("temperature", "distillation_temperature"):

@@ -116,9 +116,8 @@ class Steering:
         self.prices = [Price(options.proportional, options.integral, fixed) for _ in budgets]
         moving = options.target in MOVING
         begin = options.target_start
-        self.targets = [
-            MovingTarget(b.limit / b.full if begin is None else begin, kind=options.target) for b in budgets if moving
-        ]
+        shares = [min(1.0, b.limit / b.full) if begin is None else begin for b in budgets if moving]
+        self.targets = [MovingTarget(share, kind=options.target) for share in shares]
         self.starts: list[float] = []
         self.average: float | None = None
         self.chosen: Tensor | None = None

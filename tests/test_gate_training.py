@@ -306,6 +306,14 @@ def test_each_target_comes_down_in_its_own_way():
         assert one.limits(0.0) == [limit]
 
 
+@pytest.mark.parametrize("target", ["moving", "exponential", "stepped"])
+def test_a_limit_above_the_full_cost_is_the_full_cost_for_targets_of_shares(target):
+    one = learner(small_resnet, "macs<=120%", target=target)
+    one.begin_search()
+    assert one.limits(0.0) == [one.budgets[0].full]
+    step(one)
+
+
 def test_where_targets_start_can_be_said():
     """A stepped one falls from there, a moving one begins each epoch there."""
     stepped = learner(small_resnet, "macs<=50%", target="stepped", target_fall=0.1, target_every=1, target_start=0.8)

@@ -53,6 +53,8 @@ def test_shares_lie_below_1(name: str, value: float):
         ({"penalty": "hinge"}, "penalty must be price or batch-activation or const-quad or per-gate, got 'hinge'"),
         ({"target": "falling"}, "target must be linear or stepped or moving or exponential, got 'falling'"),
         ({"precision": "int8"}, "precision must be auto or float32 or bfloat16, got 'int8'"),
+        ({"target": "moving", "target_start": 0}, "target_start of a moving target must be > 0, got 0"),
+        ({"target": "exponential", "target_start": 0.0}, "target_start of a moving target must be > 0, got 0"),
         ({"price": -1.0}, "price must be a number >= 0, got -1"),
         ({"price": "free"}, "price must be a number >= 0, got 'free'"),
         ({"architectures": 0}, "architectures must be a whole number >= 1, got 0"),

@@ -110,6 +110,7 @@ REQUESTS = [
     Wrong("leave-one-out with nothing left", search("--architectures 1")),
     Wrong("a price in words", search("--price cheap")),
     Wrong("a negative price", search("--price -1")),
+    Wrong("a moving target that starts at nothing", search("--target moving --target_start 0")),
     Wrong("a schedule that does not exist", search("--schedule linear")),
     Wrong("a milestone past the end", search("--milestones [0.5,2]")),
     Wrong("a device that does not exist", search("--device warp9")),
