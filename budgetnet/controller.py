@@ -114,6 +114,7 @@ class Controller:
         self._seen = examples
         self._examples: int | None = None  # of the batch whose loss is to come
         self._lost = False  # whether a loss was given since the last step
+        self._ended = False  # whether the noise ended since then
 
     @property
     def phase(self) -> str:
@@ -160,8 +161,9 @@ class Controller:
         if phase == "search" and not steering.starts:
             steering.begin_search()
         generator = seeded(steering.network.gates.values.device, steering.options.seed, self._asked)
-        if phase == "search" and steering.noise_ends(self._begun - 1, self._begun):
+        if phase == "search" and not self._ended and steering.noise_ends(self._begun - 1, self._begun):
             steering.end_noise(self._batches(), generator)
+            self._ended = True  # a step may take several batches
         self._asked, self._examples = self._asked + 1, examples
         return steering.policy(phase, examples, generator, self._begun)
 
@@ -217,7 +219,7 @@ class Controller:
             if searched // every > (searched - 1) // every:
                 self.steering.correct(searched)
         self.steering.gate_optimizer.zero_grad(set_to_none=True)
-        self.steps, self._lost = self.steps + 1, False
+        self.steps, self._lost, self._ended = self.steps + 1, False, False
 
     def choose(self, judge: Callable[[nn.Module], float], batches: Sequence[tuple[Tensor, Any]] = ()) -> Tensor:
         """Projects onto the budgets: of the probable architectures that keep them all, the one that is judged best.
@@ -330,7 +332,7 @@ class Controller:
         pairs = zip(self.limits, self.steering.budgets, strict=True)
         self.limits = [{**row, "limit": budget.limit, "full": budget.full} for row, budget in pairs]
         self.outcomes, self.tau = outcomes, tau
-        self.steps, self._asked, self._examples, self._lost = steps, asked, None, False
+        self.steps, self._asked, self._examples, self._lost, self._ended = steps, asked, None, False, False
 
     def _batches(self) -> list[Tensor]:
         """The examples."""

@@ -158,6 +158,21 @@ def test_gates_that_look_at_the_input_end_in_the_engines_weights_too():
     assert moved == [True]
 
 
+def test_gates_are_moved_once_where_a_step_takes_several_batches(monkeypatch):
+    """Their noise ends in step 6 of 10; each step adds up the gradients of two batches."""
+    one, ended = looks(), []
+    monkeypatch.setattr(one.steering, "end_noise", lambda *given: ended.append(one.steps))
+    optimizer = sgd_of_groups(one)
+    for at in range(10):
+        optimizer.zero_grad()
+        for x, y in (batch(2 * at), batch(2 * at + 1)):
+            output, kept = one.steering.network(x, one.policy(len(x)))
+            (one.loss(cross_entropy(output, y, reduction="none"), kept) / 2).backward()
+        optimizer.step()
+        one.step()
+    assert ended == [6]
+
+
 @pytest.mark.parametrize("asked", ["macs<=60%", "macs~=80%"])
 def test_gates_that_look_at_the_input_are_settled_within_the_budget(asked):
     one = looks(budget=asked)
