@@ -309,7 +309,7 @@ def test_texts_of_a_run_folder_stay_texts(tmp_path):
     assert "&lt;script&gt;alert(1)" in text
     for broken in ("<script>alert", "<img", "<b>run", "onerror=alert(1)>"):
         assert broken not in text
-    assert len(re.findall("<script", text)) == len(re.findall("</script>", text)) == 9  # 7 figures, plotly, ours
+    assert len(re.findall("<script", text)) == len(re.findall("</script>", text)) == 11  # 9 figures, plotly, ours
     for source in re.findall(r'class="figure"[^>]*>(.*?)</script>', text):
         assert not set("<>&") & set(source)
         json.loads(source)
@@ -595,6 +595,22 @@ def test_probabilities_of_all_gates_are_counted_and_the_polarised_named(tmp_path
     assert "6 of 12 gates (50 %) are polarised: open with a probability below 0.05 or above 0.95" in text
 
 
+def test_gates_on_edges_alone_have_their_probabilities_shown_once_they_were_learned(tmp_path):
+    run = folder(tmp_path / "run")
+    text = page(write(run))
+    (bars,) = figure(text, "probabilities")["data"]
+    edges = [edge for edge in fabric()["edges"] if not edge["fixed"]]
+    assert {place: count for place, count in enumerate(bars["y"]) if count} == {
+        0: sum(edge["probability"] == 0.02 for edge in edges), 12: 1, 19: 6,
+    }  # fmt: skip
+    assert f"{len(edges) - 1} of {len(edges)} gates" in text
+    never = [line | {"phase": "finetune" if line["phase"] == "search" else line["phase"]} for line in epochs(9)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, never)))
+    text = page(write(run))
+    assert "-probabilities" not in text
+    assert "are polarised" not in text
+
+
 def test_activation_over_the_epochs_is_what_the_metrics_say(tmp_path):
     text = page(write(slim(tmp_path / "run")))
     (cells,) = figure(text, "activation")["data"]
@@ -656,7 +672,7 @@ def test_where_there_is_nothing_of_gates_nothing_is_shown(tmp_path):
         plots = set(re.findall(r'data-for="run1-(\w+)"', text)) & {"activation", "probabilities", "thresholds"}
         return plots | set(re.findall(r'class="(channels|exits|band|scale)"', text))
 
-    assert shown(page(write(folder(tmp_path / "plain")))) == {"activation", "scale"}
+    assert shown(page(write(folder(tmp_path / "plain")))) == {"activation", "scale", "probabilities"}
     everything = {"activation", "scale", "probabilities", "channels", "band"}
     assert shown(page(write(slim(tmp_path / "slim")))) == everything
     bare = INFERENCE | {"curve": INFERENCE["curve"][:1], "exits": []}

@@ -95,12 +95,12 @@ def polarised(architecture: Architecture) -> tuple[int, int]:
 
 
 def probabilities(architecture: Architecture) -> go.Figure | None:
-    """How many gates have which probability; None for a network without sites.
+    """How many gates have which probability; None where no gate has one.
 
-    Source: Herrmann et al., Figure 9.
+    Source: Herrmann et al., Figures 9 and 16.
     """
     shown = {name: some for name, some in chances(architecture).items() if some}
-    if not architecture.sites or not shown:
+    if not shown:
         return None
     figure = go.Figure()
     middles = [(place + 0.5) / BINS for place in range(BINS)]

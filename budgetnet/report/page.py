@@ -79,6 +79,7 @@ def section(run: Run) -> dict[str, Any]:
     candidates = result.candidates if result and first else ()
     inference = result.inference if result else None
     checked = result.validation.accuracy if result and result.validation else None
+    learned = architecture if any(epoch.phase == "search" for epoch in run.epochs) else None
     return {
         "run": run,
         "headline": headline(run),
@@ -93,8 +94,8 @@ def section(run: Run) -> dict[str, Any]:
         "dynamics": figures.dynamics(run.epochs) if run.epochs else None,
         "activation": gate_figures.activation(run.epochs, architecture.gated() if architecture else ()),
         "scale": ", ".join(colour for _, colour in gate_figures.SCALE),
-        "probabilities": gate_figures.probabilities(architecture) if architecture else None,
-        "polarised": gate_figures.polarised_words(architecture) if architecture and architecture.sites else "",
+        "probabilities": gate_figures.probabilities(learned) if learned else None,
+        "polarised": gate_figures.polarised_words(learned) if learned else "",
         "choice": figures.choice(candidates, first.cost, first.unit, first.limit) if first and candidates else None,
         "inference": inference,
         "thresholds": gate_figures.thresholds(inference, result.budgets, checked) if inference and result else None,
