@@ -17,13 +17,14 @@ from torch.autograd import grad
 
 from budgetnet import Budget, Edge, Node, SuperNetwork
 from budgetnet.architectures import describe, named
-from budgetnet.costs import MACs, Params, Steps
+from budgetnet.costs import Activation, MACs, Params, Steps
 from budgetnet.errors import FileError, GraphError
 from budgetnet.extraction import count, extract
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.projection import filled, keeps, probable, trimmed
 from budgetnet.runs import RunFolder
 from budgetnet.sites import Fixed, Gumbel, Sample, log_prob
+from budgetnet.spaces import resnet
 
 SEEDS = st.integers(0, 2**16)
 
@@ -498,6 +499,18 @@ def test_locked_sites_share_their_gates():
     assert network.relevant(kept).tolist() == [[1, 1, 1, 1, 1, 0, 0]]
     exact, estimate = score_gradients(network, 0)
     torch.testing.assert_close(estimate, exact)
+
+
+def test_open_gates_are_counted_once_where_sites_share_them():
+    """A shared gate counts in the part of its sites whose edge is used."""
+    network = locked()
+    model = Activation().bind(network)
+    kept = torch.tensor([[1.0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 1], [1, 1, 0, 1, 0, 1, 0], [0, 1, 0, 1, 1, 1, 1]])
+    assert model(network.used(kept)).tolist() == [7, 6, 4, 2.5]
+    first = kept[:1].clone().requires_grad_()
+    (gradient,) = grad(model(network.pathwise(first)).sum(), first)
+    assert gradient[0].tolist()[1:] == [1] * 6
+    assert Budget.parse("activation<=50%").bind(resnet(depth=20, lock=True)).full == 208
 
 
 @settings(max_examples=10, deadline=None)

@@ -595,6 +595,17 @@ def test_probabilities_of_all_gates_are_counted_and_the_polarised_named(tmp_path
     assert "6 of 12 gates (50 %) are polarised: open with a probability below 0.05 or above 0.95" in text
 
 
+def test_gates_that_sites_share_count_once(tmp_path):
+    run = slim(tmp_path / "run")
+    for site in (2, 4):  # both of two groups
+        change(run / "architecture.json", f"sites.{site}.lock", "twins")
+        change(run / "architecture.json", f"sites.{site}.probability", [0.99, 0.4])
+    text = page(write(run))
+    bars = {bar["name"]: bar["y"] for bar in figure(text, "probabilities")["data"]}
+    assert sum(bars["groups of channels"]) == 8
+    assert "5 of 10 gates (50 %) are polarised" in text
+
+
 def test_gates_on_edges_alone_have_their_probabilities_shown_once_they_were_learned(tmp_path):
     run = folder(tmp_path / "run")
     text = page(write(run))
@@ -696,6 +707,7 @@ def test_where_there_is_nothing_of_gates_nothing_is_shown(tmp_path):
     [
         ("sites.0.edge", "b9", """"sites[0].edge" must be the name of an edge, got 'b9'"""),
         ("sites.0.name", 3, '"sites[0].name" must be a text, got 3'),
+        ("sites.0.lock", 3, '"sites[0].lock" must be a text, got 3'),
         ("sites.1.name", "inner", """"sites[1].name" must be another one on 'b1', got 'inner' again"""),
         ("sites.0.channels", [], '"sites[0].channels" must be whole numbers >= 1, got []'),
         ("sites.0.channels.1", 0, '"sites[0].channels" must be whole numbers >= 1'),

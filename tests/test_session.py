@@ -14,6 +14,9 @@ from small import stir, unsettled
 
 import budgetnet as bn
 from budgetnet.extraction import extract
+from budgetnet.report.architecture import Architecture
+from budgetnet.report.gate_figures import chances
+from budgetnet.report.records import read_json
 from budgetnet.runs import RunFolder
 from budgetnet.session import Session
 from budgetnet.steering import Sums
@@ -71,6 +74,14 @@ def test_activation_is_the_share_of_samples_in_which_a_gate_was_open(tmp_path):
     means = [(3 * 3 + 4) / 4, (3 * 5 + 3 * 6 + 2 * 7) / 8, (3 * (8 + 9 + 10 + 11 + 12) + 13) / 16]
     sites = {f"g{site}.0.block.hidden0": mean / 20 for site, mean in enumerate(means)}
     assert one.activation() == pytest.approx(blocks | sites)
+
+
+def test_a_run_writes_which_gates_are_shared(tmp_path):
+    network = resnet(depth=14, lock=True)
+    one = session(tmp_path, network, 64)
+    one.write_architecture(network.architecture("full"))
+    written = Architecture.read(read_json(tmp_path / "architecture.json"))
+    assert sum(map(len, chances(written).values())) == network.gate_count < sum(len(s.kept) for s in written.sites)
 
 
 def test_as_many_batches_set_batch_norms_as_are_asked_for(tmp_path):

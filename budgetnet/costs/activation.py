@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from math import lcm
 from typing import ClassVar
 
 import torch
@@ -17,7 +19,8 @@ from budgetnet.supernet import SuperNetwork
 class Activation:
     """Open gates, each of the same weight: the activation of Herrmann et al., Eq. 1, times the number of gates.
 
-    An edge's gate is open where the edge is used, a channel group's where it is kept and its edge is used.
+    An edge's gate is open where the edge is used, a channel group's where it is kept and its edge is used. Of a gate
+    that several sites share each of its groups counts its part.
     """
 
     key: ClassVar[str] = "activation"
@@ -28,21 +31,29 @@ class Activation:
         edges = len(network.graph.edges)
         owners = [*range(edges), *(site.edge for site in network.sites for _ in range(*site.units))]
         gated = [unit for unit, column in enumerate(network.gate_of) if column is not None]
-        return OpenGates(torch.tensor(gated, dtype=torch.int64), torch.tensor(owners)[gated], edges)
+        shared = Counter(network.gate_of)
+        counts = [shared[network.gate_of[unit]] for unit in gated]
+        parts = lcm(*counts)  # whole numbers, so that their sum is exact
+        weights = torch.tensor([parts // count for count in counts], dtype=torch.float64)
+        return OpenGates(torch.tensor(gated, dtype=torch.int64), torch.tensor(owners)[gated], weights, parts, edges)
 
 
 @dataclass(frozen=True, eq=False)
 class OpenGates:
-    """How many gated units are open.
+    """How many gates are open.
 
     Attributes:
         units: `(n,)` units that have a gate.
         owners: `(n,)` edge that each belongs to.
+        weights: `(n,)` whole numbers of the `parts` of a gate that each unit is.
+        parts: that a gate has.
         edges: number of edges E.
     """
 
     units: Tensor
     owners: Tensor
+    weights: Tensor
+    parts: int
     edges: int
     unit: ClassVar[str] = "gate"
 
@@ -50,7 +61,8 @@ class OpenGates:
         """Maps `(B, U)` used units to `(B,)` float64 numbers of open gates, differentiably."""
         inside = (self.units >= self.edges).to(used.device)
         own = used[:, self.units]
-        return torch.where(inside, own * used[:, self.owners], own).to(torch.float64).sum(dim=1)
+        is_open = torch.where(inside, own * used[:, self.owners], own).to(torch.float64)
+        return is_open @ self.weights.to(used.device) / self.parts
 
 
 @dataclass(frozen=True)

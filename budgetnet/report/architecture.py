@@ -47,6 +47,7 @@ class Site:
         kept: whether each group is kept.
         probability: of each group's gate, None where none closes it.
         used: whether the edge is in the network at all.
+        lock: name of the gates that it shares with other sites, None for gates of its own.
     """
 
     edge: int
@@ -55,6 +56,7 @@ class Site:
     kept: tuple[bool, ...]
     probability: tuple[float | None, ...]
     used: bool
+    lock: str | None
 
     @classmethod
     def read(cls, record: Record, edges: Mapping[str, tuple[int, bool]]) -> Site:
@@ -80,6 +82,7 @@ class Site:
             kept=kept,
             probability=record.maybe_shares("probability", len(sizes)),
             used=used,
+            lock=None if record.values.get("lock") is None else record.text("lock"),
         )
 
     @property

@@ -79,12 +79,16 @@ def channel_table(architecture: Architecture) -> dict[str, Any] | None:
 
 
 def chances(architecture: Architecture) -> dict[str, list[float]]:
-    """Probabilities of all gates: of edges and of groups of channels."""
+    """Probabilities of all gates, of edges and of groups of channels; one that several sites share counts once."""
     edges = [edge.probability for edge in architecture.edges if not edge.fixed]
-    groups = [probability for site in architecture.sites for probability in site.probability]
+    groups = {
+        ((site.edge, site.name) if site.lock is None else site.lock, place): probability
+        for site in architecture.sites
+        for place, probability in enumerate(site.probability)
+    }
     return {
         "edges": [chance for chance in edges if chance is not None],
-        "groups of channels": [chance for chance in groups if chance is not None],
+        "groups of channels": [chance for chance in groups.values() if chance is not None],
     }
 
 
