@@ -165,7 +165,6 @@ def fitting_threshold(
     Raises:
         UnreachableBudget: on neither side a threshold was found that keeps them.
     """
-
     middle = look(0.5)
     if all_kept(budgets, middle):
         return 0.5, middle
