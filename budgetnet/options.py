@@ -43,9 +43,10 @@ class SearchOptions:
         penalty: "price": the price times the relative excess; "batch-activation" (Eq. 1 of Herrmann et al.),
             "const-quad" (Eq. 3), each times the price; "per-gate": each gate's rate is drawn to
             the limit's share of the full cost, as in ConvNet-AIG. All but the first need the estimator gumbel.
-        target: how the limit in force comes down: "linear", constant where `anneal` is 0; "stepped" by `target_fall`
-            of the full cost every `target_every` epochs (S1.1); "moving" or "exponential": it follows the batches' own
-            cost, from the limit at the start of each epoch (S1.2).
+        target: how the limit in force comes down: "linear" while `anneal` lasts; "constant": it is in force from
+            the start, as usual in Herrmann et al.; "stepped" by `target_fall` of the full cost every
+            `target_every` epochs (S1.1); "moving" or "exponential": it follows the batches' own cost, from the
+            limit at the start of each epoch (S1.2).
         target_fall, target_every: of the stepped target.
         target_start: share of the full cost where a stepped target begins, and a moving one, for which it is > 0, in
             each epoch; None for 1, and for the limit's own share.
@@ -100,7 +101,7 @@ class SearchOptions:
     temperature: float = 1.0
     noiseless: float | None = None
     penalty: Literal["price", "batch-activation", "const-quad", "per-gate"] = "price"
-    target: Literal["linear", "stepped", "moving", "exponential"] = "linear"
+    target: Literal["linear", "constant", "stepped", "moving", "exponential"] = "linear"
     target_fall: float = 0.05
     target_every: int = 5
     target_start: float | None = None
@@ -157,7 +158,7 @@ class SearchOptions:
         _check("gate_start", self._value("gate_start"))
         if self.target_start is not None:
             _check("target_start", self.target_start, least=0)
-            if self.target_start > 1 or self.target == "linear":
+            if self.target_start > 1 or self.target in ("linear", "constant"):
                 whole = "a share of the full cost, of a stepped or moving target"
                 raise ConfigError(f"target_start must be {whole}, got {self.target_start} with {self.target}")
             if self.target_start == 0 and self.target in MOVING:

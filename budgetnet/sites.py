@@ -188,7 +188,8 @@ class FeatureGate(ExitGate):
             gate's MACs come near to those of the network it is to save.
         start: bias of the logit: negative values leave the exit closed at first.
 
-    Source: Herrmann et al., S1.5.
+    Source: Herrmann et al., S1.5. Differs: a ReLU behind each batch norm, where their list has none; their "4x4
+        average pool" is read as one to 4 x 4 pixels, not of squares of that side.
     """
 
     def __init__(self, channels: int, count: int = 1, *, hidden: int = 128, pool: int = 1, start: float = -1.0) -> None:

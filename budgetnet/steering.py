@@ -61,7 +61,7 @@ def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], optio
     if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
         raise ConfigError(f"a cost has one budget, got {names.count(twice)} of {twice}")
     free = [budget.name for budget in budgets if budget.full == 0]
-    shared = [f"target {options.target}"] * (options.target != "linear")
+    shared = [f"target {options.target}"] * (options.target not in ("linear", "constant"))
     shared += [f"penalty {options.penalty}"] * (options.penalty != "price")
     if free and shared:
         raise ConfigError(f"the {shared[0]} is of shares of the full network's cost, whose {free[0]} is 0")
@@ -168,6 +168,8 @@ class Steering:
         """The limits in force, each in its cost's unit, `epochs` after sampling began."""
         if self.targets:
             return [target.value * budget.full for target, budget in zip(self.targets, self.budgets, strict=True)]
+        if self.options.target == "constant":
+            return [budget.limit for budget in self.budgets]
         if self.options.target == "stepped":
             fall, every, begin = self.options.target_fall, self.options.target_every, self.options.target_start
             ends = [min(1.0, b.limit / b.full) for b in self.budgets]

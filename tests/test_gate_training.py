@@ -290,6 +290,10 @@ def test_each_target_comes_down_in_its_own_way():
     start, limit, full = linear.starts[0], linear.budgets[0].limit, linear.budgets[0].full
     assert linear.limits(0.0) == [start]
     assert linear.limits(0.5) == [pytest.approx((start + limit) / 2)]
+    constant = learner(small_resnet, target="constant")
+    constant.begin_search()
+    assert [constant.limits(*at) for at in ((0.0, 0.0), (0.5, 3.0), (1.0, 60.0))] == [[limit]] * 3
+    step(constant)
     stepped = learner(small_resnet, target="stepped", target_fall=0.2, target_every=2)
     stepped.begin_search()
     shares = [stepped.limits(0.0, epochs)[0] / full for epochs in (0, 1.9, 2, 4, 6, 60)]
@@ -326,7 +330,11 @@ def test_where_targets_start_can_be_said():
     assert moving.limits(0.0)[0] > 0.3 * full
     moving.begin_epoch()
     assert moving.limits(0.0)[0] == pytest.approx(0.3 * full)
-    for options in ({"target_start": 0.5}, {"target_start": 1.5, "target": "stepped"}):
+    for options in (
+        {"target_start": 0.5},
+        {"target_start": 0.5, "target": "constant"},
+        {"target_start": 1.5, "target": "stepped"},
+    ):
         with pytest.raises(ConfigError, match="target_start must be a share of the full cost, of a stepped or moving"):
             bn.SearchOptions(**options)
 

@@ -366,6 +366,7 @@ RATE, KEPT = torch.ones(2), torch.ones(2, 3)
         (lambda: per_gate(KEPT, torch.tensor([0.5, 1, 2])), "target must lie in [0, 1], got 2.0"),
         (lambda: per_gate(KEPT, torch.tensor([0.5, -1, 1])), "target must lie in [0, 1], got -1.0"),
         (lambda: per_gate(KEPT, torch.tensor([0.5, math.nan, 1])), "target must lie in [0, 1], got nan"),
+        (lambda: SteppedTarget(0.5)(-1), "epoch must be a number >= 0, got -1"),
         (lambda: SteppedTarget(-0.1), "target must lie in [0, 1], got -0.1"),
         (lambda: SteppedTarget(0.5, start=0.4), "start must lie between the target 0.5 and 1, got 0.4"),
         (lambda: SteppedTarget(0.5, start=1.1), "start must lie between the target 0.5 and 1, got 1.1"),

@@ -38,7 +38,9 @@ class Gating:
     Raises:
         ConfigError: an option is outside its range, or asks something of gates that there are not.
 
-    Source: Herrmann et al., sections 3.2, 3.4, S1.3 and S4.1.
+    Source: Herrmann et al., sections 3.2, 3.4, S1.3 and S4.1. Differs: "ends" is our reading of the "matrix of gate
+        values" on input and output connections, of which S1.3 says no more: gates on the channels read times gates
+        on the channels written.
     """
 
     gates: str
