@@ -61,6 +61,7 @@ def describe(
             {
                 "edge": network.edge_names[site.edge],
                 "name": site.name,
+                "lock": site.lock,
                 "channels": list(site.sizes),
                 "kept": bits[slice(*site.units)],
                 "probability": probability[slice(*site.units)],

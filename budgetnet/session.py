@@ -350,10 +350,7 @@ class Session:
 
     def write_architecture(self, kept: Tensor, rates: Sequence[float] | None = None) -> None:
         """Writes architecture.json: the graph, what is kept and used, how probable, or often seen, and how costly."""
-        described = describe(self.network, kept, self.budgets, rates)
-        for written, site in zip(described["sites"], self.network.sites, strict=True):
-            written["lock"] = site.lock
-        self.run.write("architecture.json", described)
+        self.run.write("architecture.json", describe(self.network, kept, self.budgets, rates))
 
 
 def best_of(scores: Sequence[float], rooms: Sequence[float], *, images: int) -> int:
