@@ -43,8 +43,8 @@ def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -
 
     Returns:
         `{"costs": {"macs": 40899200, ...}, "units": {"macs": "MAC", ...}, "measured": {"latency": {"low", ...}, ...}}`,
-        keys as asked; the last of what differs from call to call: "low" and "high", between which it is expected
-        again, and of a time "p10" and "p90", between which 8 of 10 calls took.
+        keys as asked; the last where something differs from call to call: "low" and "high", between which it is
+        expected again, and of a time "p10" and "p90", between which 8 of 10 calls took.
 
     Raises:
         ConfigError: a cost is unknown, or the architecture connects nothing.
@@ -60,7 +60,7 @@ def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -
         if found.low < found.high:
             measured[text] = found.told()
         values[text], units[text] = int(found.value) if found.value.is_integer() else found.value, cost.unit
-    return {"costs": values, "units": units, "measured": measured}
+    return {"costs": values, "units": units, **({"measured": measured} if measured else {})}
 
 
 def cost_of(cost: Cost, network: SuperNetwork, kept: Tensor, *, decided: bool = False) -> Measured:
@@ -132,7 +132,7 @@ def measure_file(path: str | Path, costs: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "costs": {text: counted[text] for text in asked},
         "units": {text: FILE_COSTS[text] for text in asked},
-        "measured": measured,
+        **({"measured": measured} if measured else {}),
     }
 
 

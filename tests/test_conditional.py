@@ -879,7 +879,7 @@ def test_exits_that_answer_first_run_in_any_float_type(dtype: torch.dtype, batch
         head.reset(0.0)
     reference(network, images(network, 64, 99))
     network.eval()
-    x, plain = images(network, batch).to(dtype), conditional(network, None).to(dtype)
+    x, plain = images(network, batch).to(dtype), conditional(network).to(dtype)
     expected, decisions = reference(network.to(dtype), x)
     output, kept = plain.decide(x)
     assert output.dtype == plain(x).dtype == expected.dtype == dtype

@@ -51,7 +51,7 @@ def test_shares_lie_below_1(name: str, value: float):
         ({"baseline": "none"}, "baseline must be leave-one-out or batch-mean or moving-average, got 'none'"),
         ({"estimator": "adam"}, "estimator must be auto or score or gumbel or soft-gumbel, got 'adam'"),
         ({"penalty": "hinge"}, "penalty must be price or batch-activation or const-quad or per-gate, got 'hinge'"),
-        ({"target": "falling"}, "target must be linear or stepped or moving or exponential, got 'falling'"),
+        ({"target": "falling"}, "target must be linear or constant or stepped or moving or exponential, got 'falling'"),
         ({"precision": "int8"}, "precision must be auto or float32 or bfloat16, got 'int8'"),
         ({"target": "moving", "target_start": 0}, "target_start of a moving target must be > 0, got 0"),
         ({"target": "exponential", "target_start": 0.0}, "target_start of a moving target must be > 0, got 0"),
