@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +25,12 @@ import torch
 import budgetnet as bn
 from budgetnet.assembly import YARD, YARDSTICK
 from budgetnet.costs import Latency, MACs
-from budgetnet.costs.latency import LatencyModel, widely
+from budgetnet.costs.latency import SECONDS, LatencyModel, builds_of, widely
 from budgetnet.export import export, onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
-from budgetnet.timing import interleaved
+from budgetnet.timing import Timing, interleaved
 
+BUILDS = builds_of("onnxruntime")
 SPACES: dict[str, Callable[[], bn.SuperNetwork]] = {
     "fabric of width 3": lambda: bn.spaces.resnet_fabric(width=3),
     "ResNet-20, channels": lambda: bn.spaces.resnet(depth=20),
@@ -91,8 +92,8 @@ def again(space: bn.SuperNetwork, model: LatencyModel, count: int) -> str:
             example = torch.zeros(model.cost.batch, *space.input_shape)
             export(fold_batch_norm(extract(space, row[None])), file, example)
             file.with_suffix(".json").write_text(json.dumps([list(example.shape), [1, *YARD]]))
-            ways = [model.assembler.whole(row[None]), model.assembler.yardstick()]
-            here, yard = (timing.quantile(0.5) for timing in model.assembler.times(ways, 200))
+            ways = [model.assembler.whole(row[None]) for _ in range(BUILDS)] + [model.assembler.yardstick()]
+            here, yard = middle_and_yard(model.assembler.times(ways, 200, SECONDS))
             done = subprocess.run(
                 [sys.executable, __file__, "--measure", str(file)], capture_output=True, text=True, check=True
             )
@@ -102,14 +103,21 @@ def again(space: bn.SuperNetwork, model: LatencyModel, count: int) -> str:
     return " | ".join(f"{each} of {count}" for each in near)
 
 
-def medians(file: Path) -> list[float]:
-    """Milliseconds of an exported file and of the yardstick beside it, in turns."""
+def medians(file: Path) -> tuple[float, float]:
+    """Milliseconds of an exported file, loaded several times, and of the yardstick beside it, in turns."""
     ways = []
-    for path, shape in zip((file, file.parent / "yardstick.onnx"), json.loads(file.with_suffix(".json").read_text()),
-                           strict=True):  # fmt: skip
-        session, example = onnx_session(str(path), 1), np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    paths = [file] * BUILDS + [file.parent / "yardstick.onnx"]
+    shape, yard = json.loads(file.with_suffix(".json").read_text())
+    for path, size in zip(paths, [shape] * BUILDS + [yard], strict=True):
+        session, example = onnx_session(str(path), 1), np.random.default_rng(0).normal(size=size).astype(np.float32)
         ways.append(partial(session.run, None, {session.get_inputs()[0].name: example}))
-    return [timing.quantile(0.5) for timing in interleaved(ways, calls=200)]
+    return middle_and_yard(interleaved(ways, calls=200, seconds=SECONDS))
+
+
+def middle_and_yard(timings: Sequence[Timing]) -> tuple[float, float]:
+    """The middle median of a network that was built several times, and the yardstick's."""
+    *builds, yard = (timing.quantile(0.5) for timing in timings)
+    return sorted(builds)[len(builds) // 2], yard
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

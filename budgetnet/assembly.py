@@ -123,12 +123,12 @@ class Assembler:
         shape = (self.batch, *self.network.input_shape)
         return self._model(shape, lambda scope, value: self._whole(scope, value, kept))
 
-    def times(self, ways: Sequence[Run], calls: int) -> list[Timing]:
-        """Times what was built, in turns, with the threads that were asked for."""
+    def times(self, ways: Sequence[Run], calls: int, seconds: float = 0.0) -> list[Timing]:
+        """Times what was built, in turns, with the threads that were asked for, for so many seconds at least."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            return interleaved(ways, calls=calls, device=self.device)
+            return interleaved(ways, calls=calls, seconds=seconds, device=self.device)
         finally:
             torch.set_num_threads(before)
 

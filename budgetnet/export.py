@@ -171,13 +171,15 @@ def difference(a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor], x: 
 
 
 @torch.no_grad()
-def latency(run: Callable[[Tensor], object], x: Tensor, *, calls: int = 200) -> dict[str, float]:
+def latency(run: Callable[[Tensor], object], x: Tensor, *, calls: int = 200, seconds: float = 0.0) -> dict[str, float]:
     """Milliseconds of `run(x)`: median, 10th and 90th percentile of the calls that no other job interrupted."""
-    timing = interleaved([lambda: run(x)], calls=calls)[0]
+    timing = interleaved([lambda: run(x)], calls=calls, seconds=seconds)[0]
     return {"median": timing.quantile(0.5), "p10": timing.quantile(0.1), "p90": timing.quantile(0.9)}
 
 
-def file_latency(path: str | Path, x: Tensor, *, threads: int = 1, calls: int = 200) -> dict[str, float]:
+def file_latency(
+    path: str | Path, x: Tensor, *, threads: int = 1, calls: int = 200, seconds: float = 0.0
+) -> dict[str, float]:
     """`latency` of an exported file in its own runtime with so many threads, with nothing of ours around the call.
 
     Raises:
@@ -188,12 +190,12 @@ def file_latency(path: str | Path, x: Tensor, *, threads: int = 1, calls: int = 
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return latency(run, x, calls=calls)
+            return latency(run, x, calls=calls, seconds=seconds)
         finally:
             torch.set_num_threads(before)
     session = onnx_session(str(path), threads)
     feed = {session.get_inputs()[0].name: x.cpu().float().numpy()}
-    return latency(lambda x: session.run(None, feed), x, calls=calls)
+    return latency(lambda x: session.run(None, feed), x, calls=calls, seconds=seconds)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -50,18 +51,26 @@ class Timing:
 
 
 def interleaved(
-    ways: Sequence[Callable[[], object]], *, calls: int = 200, device: torch.device | None = None
+    ways: Sequence[Callable[[], object]],
+    *,
+    calls: int = 200,
+    seconds: float = 0.0,
+    device: torch.device | None = None,
 ) -> list[Timing]:
     """Times functions in turns of `BURST` calls each.
 
     Args:
         ways: called without arguments.
         calls: at least so many of each function count.
+        seconds: at least so long it goes on: a machine that others use changes its speed within a second.
         device: whose work a call waits for.
     """
     times: list[list[float]] = [[] for _ in ways]
     switched: list[list[bool]] = [[] for _ in ways]
-    for turn in range(1 + math.ceil(calls / (BURST - COLD))):
+    ends, least = time.perf_counter() + seconds, math.ceil(calls / (BURST - COLD))
+    for turn in count():
+        if turn > least and time.perf_counter() >= ends:
+            break
         for way, taken, interrupted in zip(ways, times, switched, strict=True):
             for call in range(BURST):
                 before, start = _switches(), time.perf_counter_ns()

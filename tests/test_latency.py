@@ -116,7 +116,7 @@ def clocked(monkeypatch) -> None:
             clocks[assembler] = Clock(assembler)
         return clocks[assembler]
 
-    def times(self: Assembler, ways: Sequence[float], calls: int) -> list[Timing]:
+    def times(self: Assembler, ways: Sequence[float], calls: int, seconds: float = 0.0) -> list[Timing]:
         return [Timing(np.full(calls, way), 0.0) for way in ways]
 
     for name in ("alone", "addition", "activation", "whole"):
@@ -253,7 +253,7 @@ def test_a_table_spares_measuring_again_and_scales_with_the_machine(tmp_path: Pa
     asked: list[int] = []
     before = Assembler.times
 
-    def counted(self: Assembler, ways: Sequence[float], calls: int) -> list[Timing]:
+    def counted(self: Assembler, ways: Sequence[float], calls: int, seconds: float = 0.0) -> list[Timing]:
         asked.append(len(ways))
         return before(self, ways, calls)
 
@@ -338,7 +338,9 @@ def test_a_quantile_far_out_takes_more_calls(quantile: str, calls: int, monkeypa
     """So that some of them lie beyond it: of 400 none is above p99 in 2 of 100 times."""
     space, before, asked = SPACES["fabric"]().eval(), Assembler.times, []
     model = Latency(quantile=quantile).bind(space)
-    monkeypatch.setattr(Assembler, "times", lambda self, ways, calls: asked.append(calls) or before(self, ways, calls))
+    monkeypatch.setattr(
+        Assembler, "times", lambda self, ways, calls, _: asked.append(calls) or before(self, ways, calls)
+    )
     kept = widely(space, 2, generator())
     model.measure(kept)
     Latency(quantile=quantile).measured(space, kept[:1])
@@ -355,7 +357,7 @@ def test_calls_that_are_left_out_are_told_where_they_may_have_been_the_slow_ones
 ):
     space = SPACES["fabric"]().eval()
     monkeypatch.setattr(
-        Assembler, "times", lambda self, ways, calls: [Timing(np.full(calls, way), disturbed) for way in ways]
+        Assembler, "times", lambda self, ways, calls, _=0: [Timing(np.full(calls, way), disturbed) for way in ways]
     )
     model = Latency(quantile=quantile).bind(space)
     assert ("noisy" in model.notes) == told
@@ -398,7 +400,7 @@ def test_a_faster_or_slower_machine_is_no_error_of_the_prediction(monkeypatch):
 def test_quantiles_and_spaces_share_a_table_but_no_whole_networks(tmp_path: Path, monkeypatch):
     table, before = str(tmp_path / "times.json"), Assembler.times
 
-    def spread(self: Assembler, ways: Sequence[float], calls: int) -> list[Timing]:
+    def spread(self: Assembler, ways: Sequence[float], calls: int, seconds: float = 0.0) -> list[Timing]:
         """One call in ten takes twice as long."""
         return [Timing(np.repeat([way, 2 * way], [9 * calls // 10, calls - 9 * calls // 10]), 0.0) for way in ways]
 

@@ -13,6 +13,13 @@ from budgetnet.errors import ConfigError
 from budgetnet.timing import BURST, COLD, ENOUGH, Timing, interleaved, quantile_share
 
 
+def test_a_quick_function_is_timed_as_long_as_asked():
+    began = time.perf_counter()
+    found = interleaved([lambda: None, lambda: None], calls=8, seconds=0.2)
+    assert time.perf_counter() - began >= 0.2
+    assert all(len(timing.calls) > 100 for timing in found)
+
+
 def test_functions_are_called_in_turns_and_cold_calls_do_not_count():
     calls: list[str] = []
     found = interleaved([lambda: calls.append("a"), lambda: calls.append("b")], calls=16)

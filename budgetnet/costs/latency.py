@@ -28,6 +28,8 @@ NETWORKS = {"compiled": 6}
 """Whole networks that are measured before a search: so few where each takes long to build, else 48."""
 EACH_EPOCH = {"compiled": 0}
 """Whole networks that are measured after an epoch of a search, else 4."""
+SECONDS = 1.0
+"""Seconds that a network is measured for at least: within less, others on the machine may slow down all calls."""
 BUILDS = {"compiled": 1}
 """Times that a network is built to be measured for what it takes: one that takes long is built once, others 3 times.
 
@@ -104,7 +106,7 @@ class Latency:
             ConfigError: it does not connect input and output.
         """
         assembler, share, builds = self.assembler(network), quantile_share(self.quantile), builds_of(self.runtime)
-        timings = assembler.times([assembler.whole(kept) for _ in range(builds)], calls_of(share, builds))
+        timings = assembler.times([assembler.whole(kept) for _ in range(builds)], calls_of(share, builds), SECONDS)
         return Measured.middle([seen_at(timing, share) for timing in timings])
 
     def bind(self, network: SuperNetwork) -> LatencyModel:
@@ -180,7 +182,7 @@ class LatencyModel:
         Each is built several times, and takes what the middle one does; the others widen what is expected again.
         """
         builds = builds_of(self.cost.runtime)
-        found = self._measured(kept.repeat_interleave(builds, dim=0), calls_of(self.share, builds, calls))[0]
+        found, _ = self._measured(kept.repeat_interleave(builds, dim=0), calls_of(self.share, builds, calls), SECONDS)
         return [Measured.middle(found[place : place + builds]) for place in range(0, len(found), builds)]
 
     def refit(self, kept: Tensor, *, judge: bool = True) -> None:
@@ -234,13 +236,13 @@ class LatencyModel:
         self.table.networks[place] = replace(self.known[0], seen=seen)
         self.save()
 
-    def _measured(self, kept: Tensor, calls: int) -> tuple[list[Measured], float]:
+    def _measured(self, kept: Tensor, calls: int, seconds: float = 0.0) -> tuple[list[Measured], float]:
         """What networks take, and how slow the machine was meanwhile.
 
         Between which milliseconds they are expected again takes in how fast the machine mostly was, and its waver.
         """
         ways = [self.assembler.whole(row[None]) for row in kept]
-        *timings, yard = self.assembler.times([*ways, self.assembler.yardstick()], calls)
+        *timings, yard = self.assembler.times([*ways, self.assembler.yardstick()], calls, seconds)
         speed = self._look_at(yard.quantile(0.5), float(np.mean([timing.disturbed for timing in timings])))
         fast, slow = np.clip(np.quantile(self.speeds, (0.1, 0.9)) / self.speed, 1 - WAVER, 1 + WAVER).tolist()
         fast, slow = fast * min(1.0, self.speed / speed), slow * max(1.0, self.speed / speed)
@@ -250,7 +252,7 @@ class LatencyModel:
     def _read(self) -> None:
         """Takes up the table's file where there is one, and looks how fast the machine is now."""
         setting = Setting.here(self.cost.runtime, self.cost.threads, self.cost.batch, self.cost.device)
-        timing = self.assembler.times([self.assembler.yardstick()], 200)[0]
+        timing = self.assembler.times([self.assembler.yardstick()], CALLS, SECONDS)[0]
         now, path = timing.quantile(0.5), Path(self.cost.table)
         self.table = Timetable.load(path, setting) if self.cost.table and path.is_file() else Timetable(setting, now)
         self.speeds: list[float] = []
