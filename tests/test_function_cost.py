@@ -751,6 +751,22 @@ def run(*arguments: str) -> int:
     return cli.main(["search", *SMALL[:-2], *arguments, "--out", "run", "--json"])
 
 
+def run_until_the_fifth_step(*arguments: str) -> None:
+    """Interrupted in the last epoch, the first two of which are in the checkpoint."""
+    from budgetnet.training import Learner
+
+    def stopped(*given, **options):
+        steps.append(None)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        step(*given, **options)
+
+    steps, step = [], Learner.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "step", stopped)
+        assert run(*arguments) == cli.INTERRUPTED
+
+
 @pytest.mark.parametrize("name", ["energy", "latency", "work"])
 def test_a_search_keeps_the_limit_of_a_function_in_a_file(file, name, capsys):
     """Of the architecture, of the network with noise, and of the validation examples."""
@@ -786,22 +802,13 @@ def test_a_search_by_gumbel_draws_few_architectures_where_each_costs_a_call(file
 
 def test_a_run_with_a_function_is_taken_up_where_it_stopped(file, monkeypatch, capsys):
     """In the same weights and the same architecture: what was seen of the cost is in the checkpoint."""
-    from budgetnet import session, training
-
-    def stopped(*arguments, **options):
-        steps.append(None)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        step(*arguments, **options)
+    from budgetnet import session
 
     budget = ["--budget", f"{file}:weight<=60%"]
     assert run(*budget) == 0
     Path("run").rename("whole")
-    steps, step = [], training.Learner.step
-    monkeypatch.setattr(training.Learner, "step", stopped)
     monkeypatch.setattr(session, "CHECKPOINT_SECONDS", -1)
-    assert run(*budget) == cli.INTERRUPTED
-    monkeypatch.setattr(training.Learner, "step", step)
+    run_until_the_fifth_step(*budget)
     assert run(*budget, "--resume") == 0
     states = [load_file(f"{folder}/checkpoint/latest.safetensors") for folder in ("whole", "run")]
     assert "costs.0" in states[0]
@@ -812,22 +819,11 @@ def test_a_run_with_a_function_is_taken_up_where_it_stopped(file, monkeypatch, c
     assert "was begun with budgets" in capsys.readouterr().err
 
 
-def test_a_limit_in_percent_of_a_noisy_cost_stays_what_it_was(file, monkeypatch, capsys):
+def test_a_limit_in_percent_of_a_noisy_cost_stays_what_it_was(file, capsys):
     """Though the full network, of which it is a share, costs more by the time that the run is gone on with."""
-    from budgetnet import training
-
-    def stopped(*arguments, **options):
-        steps.append(None)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        step(*arguments, **options)
-
     budget = ["--budget", f"{file}:latency<=70%"]
-    steps, step = [], training.Learner.step
-    monkeypatch.setattr(training.Learner, "step", stopped)
-    assert run(*budget) == cli.INTERRUPTED
+    run_until_the_fifth_step(*budget)
     before = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    monkeypatch.setattr(training.Learner, "step", step)
     Path(file).write_text(FILE.replace("return 1 + ", "return 5 + "))
     capsys.readouterr()
     assert run(*budget, "--resume") == 0
