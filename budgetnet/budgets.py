@@ -282,59 +282,77 @@ def check_reachable(
         UnreachableBudget: a limit lies below the smallest network, or a target above the full one;
             the message says what binds.
     """
-    generator = torch.Generator().manual_seed(0)
-    sampled = network.used(network.sampled(1024, generator))
-    rows = []
+    sampled = network.used(network.sampled(1024, torch.Generator().manual_seed(0)))
+    rows, refusals = [], []
     for budget in budgets:
-        cheapest = budget.cheapest(network)
-        path = network.used(cheapest)
-        smallest = least = float(budget.model(path)[0])
-        costs, monotone = budget.model(sampled), bool(getattr(budget.model, "monotone", True))
-        if not monotone:
-            smallest = min([smallest, budget.full, *costs[network.connects(sampled)].tolist()])
-        elif (trained := getattr(budget.model, "trained", None)) is not None:
-            smallest = least = float(trained(cheapest))
-        elif isinstance(budget.model, MeasuredModel):
-            found = budget.model.measure(cheapest)[0]
-            smallest, least = found.value, found.low
-        if refuse and monotone and least > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
-            raise UnreachableBudget(
-                f"{budget.name} must be {'at most' if budget.upper else 'near'} {budget.limit:.6g} {budget.unit}, but "
-                f"the smallest network of {network.name} takes {smallest:.6g}: {_binding(network, budget, path)}"
-            )
-        if refuse and monotone and not budget.upper and budget.full < budget.limit * (1 - TOLERANCE):
-            raise UnreachableBudget(
-                f"{budget.name} must come to {budget.limit:.6g} {budget.unit}, but the full network of {network.name} "
-                f"takes only {budget.full:.6g}"
-            )
-        rows.append(
-            {
-                "cost": budget.name,
-                "unit": budget.unit,
-                "limit": budget.limit,
-                "smallest": smallest,
-                "bound": monotone,
-                "expected": float(costs.mean()),
-                "alike": max(Counter(costs.tolist()).values()) / len(costs),
-                "full": budget.full,
-            }
-        )
-    if not refuse:
-        return rows
-    surely = [replace(b, limit=SURELY * b.limit) if isinstance(b.model, MeasuredModel) else b for b in budgets]
-    if fitting_path(network, surely) is None:
-        for budget in budgets:
-            if fitting_path(network, [budget]) is None and not isinstance(budget.model, MeasuredModel):
-                path = network.used(budget.cheapest(network))
-                raise UnreachableBudget(
-                    f"{budget.name} must be at most {budget.limit:.6g} {budget.unit}, but no network of "
-                    f"{network.name} takes so little: {_binding(network, budget, path)}"
-                )
-        together = ", ".join(f"{budget.name}<={budget.limit:.6g}" for budget in budgets if budget.upper)
-        raise UnreachableBudget(
-            f"each limit can be kept alone, but no network of {network.name} keeps them together: {together}"
-        )
+        row, refusal = _beside(network, budget, sampled)
+        rows.append(row)
+        refusals += [refusal] if refusal else []
+    if refuse and (refusals or (refusals := _refusals_together(network, budgets))):
+        raise UnreachableBudget(refusals[0], rows)
     return rows
+
+
+def _beside(network: SuperNetwork, budget: BoundBudget, sampled: Tensor) -> tuple[dict[str, Any], str]:
+    """What `check_reachable` says of one budget, and why it is refused, empty where it is not."""
+    cheapest = budget.cheapest(network)
+    path = network.used(cheapest)
+    smallest = least = float(budget.model(path)[0])
+    costs, monotone = budget.model(sampled), bool(getattr(budget.model, "monotone", True))
+    if not monotone:
+        smallest = min([smallest, budget.full, *costs[network.connects(sampled)].tolist()])
+    elif (trained := getattr(budget.model, "trained", None)) is not None:
+        smallest = least = float(trained(cheapest))
+    elif isinstance(budget.model, MeasuredModel):
+        found = budget.model.measure(cheapest)[0]
+        smallest, least = found.value, found.low
+    refusal = ""
+    if monotone and least > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
+        refusal = (
+            f"{budget.name} must be {'at most' if budget.upper else 'near'} {budget.limit:.6g} {budget.unit}, but "
+            f"the smallest network of {network.name} takes {smallest:.6g}: {_binding(network, budget, path)}"
+        )
+    elif monotone and not budget.upper and budget.full < budget.limit * (1 - TOLERANCE):
+        refusal = (
+            f"{budget.name} must come to {budget.limit:.6g} {budget.unit}, but the full network of {network.name} "
+            f"takes only {budget.full:.6g}"
+        )
+    row = {
+        "cost": budget.name,
+        "unit": budget.unit,
+        "limit": budget.limit,
+        "smallest": smallest,
+        "bound": monotone,
+        "expected": float(costs.mean()),
+        "alike": max(Counter(costs.tolist()).values()) / len(costs),
+        "full": budget.full,
+    }
+    return row, refusal
+
+
+def _refusals_together(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> list[str]:
+    """Why no path keeps all limits, each of which the smallest network keeps; empty where one does.
+
+    Of what is only predicted a limit of so much more is asked, and nothing where even then no path is predicted to
+    keep it: the smallest network does, so it is the prediction that is wrong.
+    """
+    asked = []
+    for budget in budgets:
+        if isinstance(budget.model, MeasuredModel):
+            budget = replace(budget, limit=SURELY * budget.limit)
+            if fitting_path(network, [budget]) is None:
+                continue
+        elif fitting_path(network, [budget]) is None:
+            path = network.used(budget.cheapest(network))
+            return [
+                f"{budget.name} must be at most {budget.limit:.6g} {budget.unit}, but no network of "
+                f"{network.name} takes so little: {_binding(network, budget, path)}"
+            ]
+        asked.append(budget)
+    if fitting_path(network, asked) is not None:
+        return []
+    together = ", ".join(f"{budget.name}<={budget.limit:.6g}" for budget in budgets if budget.upper)
+    return [f"each limit can be kept alone, but no network of {network.name} keeps them together: {together}"]
 
 
 def fitting_path(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> Tensor | None:

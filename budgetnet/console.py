@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -32,12 +33,7 @@ class Bars:
 
     def begin(self, limits: list[dict[str, Any]], options: SearchOptions) -> None:
         """Prints the table of what can be reached, and starts the bar."""
-        if limits:
-            table = Table("cost", "smallest", "expected", "full", "limit", title="before training")
-            for row in limits:
-                least, *numbers = [quantity(row[key], row["unit"]) for key in ("smallest", "expected", "full", "limit")]
-                table.add_row(escape(row["cost"]), least if row["bound"] else f"{least.rstrip()} seen", *numbers)
-            self.console.print(table)
+        print_limits(self.console, limits)
         for row in limits:
             if not row["bound"] and row["limit"] < row["smallest"]:
                 self.say(f"{row['cost']}: no network was seen that keeps this limit, which may be out of reach")
@@ -85,6 +81,17 @@ class Bars:
         """Takes the bar away."""
         if self.progress:
             self.progress.stop()
+
+
+def print_limits(console: Console, limits: Sequence[dict[str, Any]]) -> None:
+    """Prints what `budgets.check_reachable` found as a table."""
+    if not limits:
+        return
+    table = Table("cost", "smallest", "expected", "full", "limit", title="before training")
+    for row in limits:
+        least, *numbers = [quantity(row[key], row["unit"]) for key in ("smallest", "expected", "full", "limit")]
+        table.add_row(escape(row["cost"]), least if row["bound"] else f"{least.rstrip()} seen", *numbers)
+    console.print(table)
 
 
 def quantity(value: float, unit: str) -> str:

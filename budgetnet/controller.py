@@ -105,7 +105,7 @@ class Controller:
         bound = [(budget if examples is None else budget.on(examples)).bind(network) for budget in asked]
         check_steerable(network, bound, options)
         self.limits = check_reachable(network, bound)
-        check_together(network, bound)
+        check_together(network, bound, self.limits)
         self.steering = Steering(network, bound, options)
         self.steps = self._asked = 0
         self.outcomes: list[dict[str, Any]] = []

@@ -1,5 +1,10 @@
 """What can go wrong, each also a built-in, each one clear line: what was expected and what came."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 
 class BudgetnetError(Exception):
     """The root of every error budgetnet raises on purpose."""
@@ -22,7 +27,16 @@ class FileError(BudgetnetError, ValueError):
 
 
 class UnreachableBudget(BudgetnetError, ValueError):
-    """No architecture of the space keeps the budget."""
+    """No architecture of the space keeps the budget.
+
+    Args:
+        message: what binds.
+        limits: what `budgets.check_reachable` found of each budget, where that is why.
+    """
+
+    def __init__(self, message: str, limits: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.limits = list(limits)
 
 
 class DivergenceError(BudgetnetError, ArithmeticError):

@@ -87,7 +87,7 @@ def search(
     begun = resume and run.begun
     limits = check_reachable(network, bound, refuse=not begun)
     if not begun:
-        check_together(network, bound)
+        check_together(network, bound, limits)
     fixed = named(space, architecture) if isinstance(architecture, str) else architecture
     if fixed is not None:
         # nothing larger is there to learn from

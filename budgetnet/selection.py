@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +41,18 @@ def pareto_front(cost: Tensor, quality: Tensor) -> Tensor:
     return ~(better & strictly).any(dim=0)
 
 
-def check_together(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> None:
+def check_together(
+    network: SuperNetwork, budgets: Sequence[BoundBudget], limits: Sequence[dict[str, Any]] = ()
+) -> None:
     """Refuses targets that contradict the other budgets, by cutting the full network in several random orders.
 
     Limits alone are looked at by `budgets.check_reachable`, and costs that only a real network shows when they are
     measured. Where gates look at the input no architecture has to keep them.
+
+    Args:
+        network: the space.
+        budgets: of it.
+        limits: what `check_reachable` found of them, told with the error.
 
     Raises:
         UnreachableBudget: no order led to an architecture that keeps all counted budgets.
@@ -59,7 +67,8 @@ def check_together(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> Non
             return
     asked = ", ".join(f"{b.name}{'<=' if b.upper else '~='}{b.limit:.6g}" for b in counted)
     raise UnreachableBudget(
-        f"each budget can be kept alone, but no network of {network.name} was found that keeps them together: {asked}"
+        f"each budget can be kept alone, but no network of {network.name} was found that keeps them together: {asked}",
+        limits,
     )
 
 

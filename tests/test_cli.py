@@ -358,12 +358,18 @@ def test_the_version_is_told(capsys):
 
 
 def test_the_exit_status_reaches_the_shell(tmp_path, monkeypatch, capsys):
+    """3 where no network keeps the budgets; all limits are told beside what binds."""
     command = ["budgetnet", "search", *SMALL, "--budget", "params<=1", "--out", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("budgetnet", run_name="__main__")
     assert caught.value.code == cli.UNREACHABLE == 3
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    *table, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("budgetnet: params must be at most 1 parameter, but the smallest network of resnet_fabric")
+    (asked,) = [row.split() for row in table if "params" in row]
+    (other,) = [row.split() for row in table if "macs" in row]
+    assert "".join(asked).endswith("1parameter│")
+    assert "".join(other).endswith("MAC│")
     assert not list(tmp_path.iterdir())
 
 

@@ -504,15 +504,22 @@ def test_a_limit_is_refused_by_what_the_smallest_network_really_takes():
     space = bn.spaces.resnet(depth=8, channels=8, image_size=8)
     budget = bn.Budget(MACs(), at_most="12%").bind(space)
     assert check_reachable(space, [budget])[0]["smallest"] < budget.limit
+    least = float(budget.model(space.used(budget.cheapest(space)))[0])
     slower = dataclasses.replace(budget, model=Off(space, 1.5))
     with pytest.raises(UnreachableBudget, match="smallest network of resnet takes"):
         check_reachable(space, [slower])
     paths = Off(space, 0.5)
     paths.along_path = [1.4 * cost for cost in paths.macs.along_path]  # what is predicted is too much
     check_reachable(space, [dataclasses.replace(budget, model=paths)])
+    paths.along_path = [9 * cost for cost in paths.macs.along_path]  # by so much that the prediction must be wrong
+    wrong = dataclasses.replace(budget, model=paths)
+    assert check_reachable(space, [wrong])[0]["smallest"] < budget.limit
+    with pytest.raises(UnreachableBudget, match="the smallest network of resnet takes") as caught:
+        check_reachable(space, [wrong, slower])
+    assert [row["smallest"] for row in caught.value.limits] == pytest.approx([0.5 * least, 1.5 * least], rel=1e-6)
     twice = dataclasses.replace(slower, limit=2 * slower.limit)
     [row] = check_reachable(space, [twice])
-    assert row["smallest"] == pytest.approx(1.5 * budget.model(space.used(budget.cheapest(space)))[0])
+    assert row["smallest"] == pytest.approx(1.5 * least)
 
 
 class Scale(nn.Module):

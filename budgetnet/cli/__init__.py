@@ -15,6 +15,7 @@ from budgetnet.cli.flags import one_line
 from budgetnet.cli.measure import measure_command
 from budgetnet.cli.report import report_command
 from budgetnet.cli.search import search_command
+from budgetnet.console import print_limits
 from budgetnet.errors import BudgetnetError, ConfigError, UnreachableBudget
 from budgetnet.version import __version__
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # --help, once it is printed
         return int(error.code or OK)
     except UnreachableBudget as error:
+        print_limits(errors, error.limits)
         errors.print(f"budgetnet: {' '.join(str(error).split())}")
         return UNREACHABLE
     except (BudgetnetError, OSError) as error:  # an OSError: a full disk, a folder that cannot be written
