@@ -299,6 +299,28 @@ def test_a_machine_that_wavers_widens_what_is_expected_again(monkeypatch):
 
 
 @pytest.mark.usefixtures("clocked")
+@pytest.mark.parametrize(
+    ("speeds", "counts", "looks"),
+    [([1.05], 1.05, 1), ([1.3, 1.0], 1.0, 2), ([1.3, 1.5, 1.2], 1.2, 3), ([1.3, 1.2, 1.5], 1.2, 3), ([0.5], 0.5, 1)],
+)
+def test_what_is_measured_while_the_machine_is_slow_is_measured_again(monkeypatch, speeds, counts, looks):
+    """Whatever it shows of the network itself."""
+    space, before, taken = SPACES["fabric"]().eval(), Assembler.times, []
+    model, kept = Latency().bind(space), space.architecture("full")
+    usual = model.measure(kept)[0].value
+
+    def times(self: Assembler, ways: Sequence[float], calls: int, seconds: float = 0.0) -> list[Timing]:
+        taken.append(speeds[len(taken)])
+        return before(self, [taken[-1] * way for way in ways], calls)
+
+    for _ in range(20):
+        model.measure(kept)  # what the machine mostly is
+    monkeypatch.setattr(Assembler, "times", times)
+    assert model.measure(kept)[0].value == pytest.approx(counts * usual)
+    assert len(taken) == looks
+
+
+@pytest.mark.usefixtures("clocked")
 def test_a_network_takes_what_the_middle_one_of_three_that_were_built_does(monkeypatch):
     space = SPACES["fabric"]().eval()
     kept = widely(space, 2, generator())
