@@ -3,7 +3,7 @@
 from budgetnet import costs, data, spaces
 from budgetnet.budgets import Budget
 from budgetnet.controller import Controller
-from budgetnet.delivery import Found, fold_gates
+from budgetnet.delivery import Found, fold_gates, load
 from budgetnet.export import export
 from budgetnet.extraction import extract
 from budgetnet.options import SearchOptions
@@ -26,6 +26,7 @@ __all__ = [
     "export",
     "extract",
     "fold_gates",
+    "load",
     "load_torchvision",
     "search",
     "spaces",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from budgetnet import report
 from budgetnet.architectures import named
 from budgetnet.budgets import BoundBudget, cost_name, parse_cost
+from budgetnet.building import space_of_run
 from budgetnet.conditional import (
     ConditionalNetwork,
     conditional,
@@ -30,10 +31,12 @@ from budgetnet.costs.measured import LearningModel, Measured, MeasuredModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.evaluation import evaluate, recalibrate
-from budgetnet.export import difference, export, file_latency, load
+from budgetnet.export import difference, export, file_latency
+from budgetnet.export import load as load_file
 from budgetnet.extraction import count, extract, fold_batch_norm, state_bytes
 from budgetnet.inference import Inference, Observed, exit_table, observe, settled_threshold
 from budgetnet.measure import cost_of, extracted
+from budgetnet.report.records import Record
 from budgetnet.runs import RunFolder, load_tensors
 from budgetnet.session import Session
 from budgetnet.sites import Threshold
@@ -111,6 +114,7 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     assert kept is not None
     used = session.network.used(kept)
     session.settle(used)
+    session.save()
     plain = extract(session.network, kept).eval()
     validation = session.quality(session.predict(plain), session.validation)
     test = session.quality(session.predict(plain), session.test_batches())
@@ -119,7 +123,7 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     folded = fold_batch_norm(plain)
     files = {kind: export(folded, session.run.path / f"network.{kind}", x[:1]) for kind in ("onnx", "pt2")}
     equivalence = {"extracted": difference(lambda x: supernet.run(x, used), plain, x)}
-    equivalence |= {kind: difference(plain, load(path), x) for kind, path in files.items()}
+    equivalence |= {kind: difference(plain, load_file(path), x) for kind, path in files.items()}
     timing = file_latency(files["onnx"], x[:1])
     return (
         plain,
@@ -201,7 +205,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
             },
             "equivalence": {
                 "extracted": difference(lambda x: network.masked(x, Threshold(tau))[0], plain, batch),
-                "onnx": difference(plain, partial(one_by_one, load(path)), batch),
+                "onnx": difference(plain, partial(one_by_one, load_file(path)), batch),
             },
         },
     )
@@ -238,6 +242,33 @@ def restored(run: RunFolder, network: SuperNetwork) -> SuperNetwork:
     found = {name: value for name, value in saved[0].items() if name.startswith("network.")}
     load_tensors({f"network.{name}": value for name, value in network.state_dict().items()}, found)
     return network
+
+
+def load(run: str | Path, space: SuperNetwork | None = None) -> nn.Module:
+    """The network that a finished run handed over, for another process: what `Found.network` gives.
+
+    Where gates look at the input it skips as it did then: the run knows where that pays on its machine.
+
+    Args:
+        run: its folder.
+        space: that it was learned in, where that is one of your own; a named one the run knows.
+
+    Raises:
+        ConfigError: the space is one of your own, and was not given.
+        FileError: a file of the run is missing or damaged, or belongs to another space.
+    """
+    folder = RunFolder(run)
+    network = restored(folder, space_of_run(folder) if space is None else copy.deepcopy(space)).eval()
+    result = Record(folder.read("result.json"), str(folder.path / "result.json"))
+    decided = result.maybe_record("inference")
+    if decided is None:
+        return extract(network, named(network, str(folder.path / "architecture.json"))).eval()
+    plain = conditional(network, tau=decided.share("tau"))
+    try:
+        plain.table = folder.read("break-even.json")
+    except ConfigError as error:
+        raise FileError(f"{folder.path / 'break-even.json'}: {error}") from error
+    return plain
 
 
 def evaluate_gates(
@@ -364,7 +395,7 @@ def evaluate_architecture(
     """
     kept = named(network, str(run.path / "architecture.json"))
     batches = Batches(data.test, batch_size=batch_size, shuffle=False)
-    plain = load(run.path / "network.pt2")
+    plain = load_file(run.path / "network.pt2")
     asked = [parse_cost(text) for text in costs]
     return {
         "policy": "chosen",

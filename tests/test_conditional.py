@@ -899,7 +899,7 @@ def test_inputs_and_tables_that_do_not_fit_the_network():
         plain.tune(images(network, 1), repeats=0)
     with pytest.raises(ConfigError, match="edges with gates are branch0, got 'last'"):
         plain.table = {"last": {}}
-    with pytest.raises(ConfigError, match="limits are rows, row_cost, channels, channel_cost, got rows"):
+    with pytest.raises(ConfigError, match="rows, row_cost, channels, channel_cost for each batch size"):
         plain.table = {"branch0": {"1": {"rows": 1.0}}}
     with pytest.raises(ConfigError, match=r"margin must lie in \[0, 0.5\), got 0.5"):
         polarised(torch.ones(1), 0.5)

@@ -309,6 +309,13 @@ def test_what_is_reported_of_gates_that_look_at_the_input_is_what_is_handed_over
     again = restored(RunFolder(tmp_path / "run"), resnet()).eval()  # as it is handed over, its batch norms too
     for name, value in found.supernet.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+    loaded, x = bn.load(tmp_path / "run", resnet()), torch.from_numpy(digits.test.images[:16]) / 127.5 - 1
+    assert torch.equal(loaded(x), found.network()(x))
+    assert loaded.table == found.network().table
+    for broken in ({"a": {}}, {next(iter(loaded.table)): {"16": {"rows": 0.5}}}, {next(iter(loaded.table)): [1]}):
+        RunFolder(tmp_path / "run").write("break-even.json", broken)
+        with pytest.raises(FileError, match=r"break-even.json: "):
+            bn.load(tmp_path / "run", resnet())
 
 
 def test_a_fixed_architecture_of_gates_that_look_at_the_input_is_handed_over(tmp_path):

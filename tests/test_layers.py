@@ -13,7 +13,7 @@ LAYERS = (
     *("errors", "version", "files", "graph", "sites", "blocks", "gated", "choices", "rows", "shapes", "supernet"),
     *("spaces", "weights", "extraction", "timing", "export", "onnx_pieces", "assembly", "costs"),
     *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
-    *("projection", "selection", "runs", "architectures", "measure"),
+    *("projection", "selection", "runs", "building", "architectures", "measure"),
     *("report", "optimizers", "steering", "training", "session", "delivery", "search", "controller", "console", "cli"),
     *("__init__", "__main__"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -17,10 +18,11 @@ import torch
 from conftest import SMALL, alone, python
 from safetensors.torch import load_file
 
-from budgetnet import Budget, SearchOptions, cli, data, search, session, spaces
+from budgetnet import Budget, SearchOptions, cli, data, load, search, session, spaces
 from budgetnet.costs.timetable import Setting, Timetable
 from budgetnet.errors import ConfigError, DivergenceError, FileError
 from budgetnet.export import export
+from budgetnet.export import load as load_export
 from budgetnet.files import replace
 from budgetnet.runs import RunFolder, load_tensors, next_folder
 from budgetnet.session import Session
@@ -274,6 +276,28 @@ def test_a_run_that_is_killed_twice_ends_in_the_same_bits(told, tmp_path):
     moment = random.Random(0)
     killed(tmp_path / "run", [moment.uniform(0, 0.5) for _ in range(2)])
     same_end(tmp_path / "run", told[0])
+
+
+def test_a_finished_run_gives_its_network_to_another_process(runs, tmp_path):
+    network, exported = load(runs.finished), load_export(runs.finished / "network.pt2")
+    x = torch.randn(8, 1, 8, 8)
+    assert isinstance(network, torch.fx.GraphModule)
+    assert not network.training
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), exported(x), rtol=1e-5, atol=1e-5)
+    options = RunFolder(runs.finished).read("options.json")
+    options["space"]["name"] = "mine"
+    shutil.copytree(runs.finished, tmp_path / "run")
+    RunFolder(tmp_path / "run").write("options.json", options)
+    with pytest.raises(ConfigError, match="learned in a space of its own"):
+        load(tmp_path / "run")
+    given = spaces.resnet_fabric(**{**options["space"]["options"], "shifts": "slr"})
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "run", given)(x), network(x))
+    with pytest.raises(FileError):
+        load(tmp_path / "run", spaces.resnet_fabric(width=2, image_size=8, in_channels=1))
+    with pytest.raises(FileError, match=r"result\.json"):
+        load(runs.unfinished)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from budgetnet.cli.building import space_of_run
+from budgetnet.building import space_of_run
 from budgetnet.cli.finished import data_of_run, decided_by_input, shown
 from budgetnet.cli.flags import costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity

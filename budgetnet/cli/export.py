@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from budgetnet import data as datasets
-from budgetnet.cli.building import space_of_run
+from budgetnet.building import space_of_run
 from budgetnet.cli.finished import data_of_run, decided_by_input, shown
 from budgetnet.cli.flags import parser_of, positional, show_space, take
 from budgetnet.conditional import export_fastest

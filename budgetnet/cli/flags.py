@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+from typing import Any
 
 import jsonargparse
 
 from budgetnet import spaces
-from budgetnet.cli.building import builder_of
+from budgetnet.building import builder_of, built
 from budgetnet.errors import ConfigError
+from budgetnet.supernet import SuperNetwork
 
 
 def parser_of(command: str, description: str, space: str, first: str) -> jsonargparse.ArgumentParser:
@@ -31,6 +33,19 @@ def parser_of(command: str, description: str, space: str, first: str) -> jsonarg
             default = None if parameter.default is parameter.empty else parameter.default
             parser.add_argument(f"--space.{name}", type=kinds.get(name, str), default=default)
     return parser
+
+
+def build(space: str, given: Any, arguments: list[str], defaults: dict[str, Any]) -> SuperNetwork:
+    """Builds a space from what was given, else from what the data need, else from its own defaults."""
+    builder = builder_of(space)
+    names = inspect.signature(builder).parameters
+    told = vars(given.space) if hasattr(given, "space") else {}
+    typed = {name for name in names if any(re.match(rf"--space\.{name}(=|$)", word) for word in arguments)}
+    options = {**told, **{name: value for name, value in defaults.items() if name in names and name not in typed}}
+    lacking = [name for name in names if options.get(name) is None and names[name].default is inspect.Parameter.empty]
+    if lacking:
+        raise ConfigError(f"{space} needs --space.{lacking[0]}, got nothing for it")
+    return built(space, builder, options)
 
 
 def show_space(parser: jsonargparse.ArgumentParser) -> None:

@@ -14,8 +14,8 @@ from rich.table import Table
 from budgetnet import spaces
 from budgetnet.architectures import named
 from budgetnet.budgets import parse_cost
-from budgetnet.cli.building import build, space_of_run
-from budgetnet.cli.flags import costs_in, parser_of, positional, show_space, take
+from budgetnet.building import space_of_run
+from budgetnet.cli.flags import build, costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity
 from budgetnet.costs import Latency
 from budgetnet.errors import ConfigError

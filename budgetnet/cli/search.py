@@ -12,8 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from budgetnet import data as datasets
-from budgetnet.cli.building import build
-from budgetnet.cli.flags import numbers_in, parser_of, take
+from budgetnet.cli.flags import build, numbers_in, parser_of, take
 from budgetnet.console import Bars, quantity
 from budgetnet.delivery import Found
 from budgetnet.errors import ConfigError

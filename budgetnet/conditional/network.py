@@ -148,10 +148,15 @@ class ConditionalNetwork(nn.Module):
         for name, rows in table.items():
             if name not in names:
                 raise ConfigError(f"edges with gates are {', '.join(names)}, got {name!r}")
-            for batch, limits in rows.items():
-                if set(limits) != set(Limits._fields):
-                    raise ConfigError(f"limits are {', '.join(Limits._fields)}, got {', '.join(limits)}")
-                names[name].learn({int(batch): Limits(**limits)})
+            try:
+                known = {
+                    int(batch): Limits(*(float(row[field]) for field in Limits._fields)) for batch, row in rows.items()
+                }
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{name!r} needs {', '.join(Limits._fields)} for each batch size, all numbers: {error}"
+                ) from error
+            names[name].learn(known)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim == 0 or tuple(x.shape[1:]) != self.shapes[self.source]:

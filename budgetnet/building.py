@@ -1,9 +1,8 @@
-"""A space from the words of the command line, or from what a run says of its own."""
+"""A space by its name, or the user's by file and function, and the one that a run was learned in."""
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,21 +27,13 @@ def builder_of(space: str) -> Callable[..., SuperNetwork]:
     return builder
 
 
-def build(space: str, given: Any, arguments: list[str], defaults: dict[str, Any]) -> SuperNetwork:
-    """Builds a space from what was given, else from what the data need, else from its own defaults."""
-    builder = builder_of(space)
-    names = inspect.signature(builder).parameters
-    told = vars(given.space) if hasattr(given, "space") else {}
-    typed = {name for name in names if any(re.match(rf"--space\.{name}(=|$)", word) for word in arguments)}
-    options = {**told, **{name: value for name, value in defaults.items() if name in names and name not in typed}}
-    lacking = [name for name in names if options.get(name) is None and names[name].default is inspect.Parameter.empty]
-    if lacking:
-        raise ConfigError(f"{space} needs --space.{lacking[0]}, got nothing for it")
-    return _built(space, builder, options)
+def space_of_run(run: RunFolder, own: str = "") -> SuperNetwork:
+    """The space that a run says it was learned in, or the user's `own` with the run's options.
 
-
-def space_of_run(run: RunFolder, own: str) -> SuperNetwork:
-    """The space that a run says it was learned in, or the user's `own` with the run's options."""
+    Raises:
+        ConfigError: the run was learned in a space of one's own and `own` is none, or what it names builds none.
+        FileError: the run's options.json is missing or damaged.
+    """
     space = run.read("options.json").get("space")
     if not isinstance(space, dict) or [type(space.get(key)) for key in ("name", "options")] != [str, dict]:
         raise FileError(f"{run.path / 'options.json'} must name its space and the space's options")
@@ -56,10 +47,10 @@ def space_of_run(run: RunFolder, own: str) -> SuperNetwork:
         raise FileError(
             f"{run.path / 'options.json'} has options that {space['name']} does not take: {error}"
         ) from error
-    return _built(own or space["name"], builder, options)
+    return built(own or space["name"], builder, options)
 
 
-def _built(space: str, builder: Callable[..., SuperNetwork], options: dict[str, Any]) -> SuperNetwork:
+def built(space: str, builder: Callable[..., SuperNetwork], options: dict[str, Any]) -> SuperNetwork:
     """What the builder makes of its options, whatever the user's own code does."""
     try:
         network = builder(**options)
