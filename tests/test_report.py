@@ -213,6 +213,13 @@ def test_headline_table_and_evidence_give_the_numbers_of_the_run(tmp_path):
         assert fact in text
 
 
+@pytest.mark.parametrize("unit", ["layer", "gate", "step", "parameter"])
+def test_units_of_what_is_counted_are_words_of_the_headline(tmp_path, unit):
+    budget = {"cost": "own", "unit": unit, "limit": 14.3, "value": 13.9, "met": True}
+    text = page(write(folder(tmp_path / "run", budgets=[budget])))
+    assert f"uses 13.9 of at most 14.3 {unit}s" in text
+
+
 def test_every_edge_is_drawn_and_kept_but_unused_ones_look_dropped(tmp_path):
     text = page(write(folder(tmp_path / "run")))
     edges = fabric()["edges"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 SPACE = "\u00a0"
 TIMES, MINUS, MISSING = "\u00d7", "\u2212", "\u2013"
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
-PLURALS = {"MAC": "MACs", "parameter": "parameters", "step": "steps", "byte": "bytes", "B": "bytes"}
+PLURALS = {"B": "bytes"} | {unit: f"{unit}s" for unit in ("MAC", "parameter", "step", "layer", "gate", "byte")}
 
 
 def si(value: float, digits: int = 3) -> str:
