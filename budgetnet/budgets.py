@@ -36,6 +36,7 @@ OWN_SCALES = {
     "ms": {"": 1.0, "us": 1e-3, "ms": 1.0, "s": 1e3},
 }
 """What may stand behind a limit in these units, in place of `SCALES`."""
+PLURALS = {"B": "bytes"} | {unit: f"{unit}s" for unit in ("MAC", "parameter", "step", "layer", "gate", "byte")}
 TOLERANCE = 0.05
 """A target counts as met within this share of it."""
 SURELY = 1.5
@@ -163,6 +164,11 @@ class BoundBudget:
         return self.model.unit
 
     @property
+    def told(self) -> str:
+        """The limit with its unit, in a sentence."""
+        return f"{self.limit:.6g} {self.unit if self.limit == 1 else plural(self.unit)}"
+
+    @property
     def exact(self) -> bool:
         """Whether the model gives the cost itself; else training draws its values."""
         return not isinstance(self.model, DrawnModel)
@@ -246,6 +252,11 @@ def parse_cost(text: str) -> Cost:
     return kind(**{name: _value(value, kinds[name], name) for name, value in given.items()})  # type: ignore[no-any-return]
 
 
+def plural(unit: str) -> str:
+    """The unit as a word in a sentence."""
+    return PLURALS.get(unit, unit)
+
+
 def cost_name(cost: Cost) -> str:
     """How a cost is written: `macs`, `steps:2`, `latency.p95`; its default options, and files, are left out."""
     known: tuple[Field[Any], ...] = fields(cost) if is_dataclass(cost) else ()
@@ -309,12 +320,12 @@ def _beside(network: SuperNetwork, budget: BoundBudget, sampled: Tensor) -> tupl
     refusal = ""
     if monotone and least > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
         refusal = (
-            f"{budget.name} must be {'at most' if budget.upper else 'near'} {budget.limit:.6g} {budget.unit}, but "
+            f"{budget.name} must be {'at most' if budget.upper else 'near'} {budget.told}, but "
             f"the smallest network of {network.name} takes {smallest:.6g}: {_binding(network, budget, path)}"
         )
     elif monotone and not budget.upper and budget.full < budget.limit * (1 - TOLERANCE):
         refusal = (
-            f"{budget.name} must come to {budget.limit:.6g} {budget.unit}, but the full network of {network.name} "
+            f"{budget.name} must come to {budget.told}, but the full network of {network.name} "
             f"takes only {budget.full:.6g}"
         )
     row = {
@@ -345,7 +356,7 @@ def _refusals_together(network: SuperNetwork, budgets: Sequence[BoundBudget]) ->
         elif fitting_path(network, [budget]) is None:
             path = network.used(budget.cheapest(network))
             return [
-                f"{budget.name} must be at most {budget.limit:.6g} {budget.unit}, but no network of "
+                f"{budget.name} must be at most {budget.told}, but no network of "
                 f"{network.name} takes so little: {_binding(network, budget, path)}"
             ]
         asked.append(budget)

@@ -196,7 +196,7 @@ def fitting_threshold(
         nearest = min(tried, key=lambda seen: max(missed(budget, seen) for budget in budgets))
         worst = max(budgets, key=lambda budget: missed(budget, nearest))
         raise UnreachableBudget(
-            f"{worst.name} must be {'at most' if worst.upper else 'near'} {worst.limit:.6g} {worst.unit}, but at the "
+            f"{worst.name} must be {'at most' if worst.upper else 'near'} {worst.told}, but at the "
             f"threshold of the gates that comes nearest the network takes {nearest.costs[worst.name]:.6g}"
         )
     _, tau, best = min(found, key=lambda one: one[0])

@@ -77,7 +77,7 @@ def probable(
         tightest = min(budgets, key=lambda budget: budget.limit / max(budget.full, 1e-12))
         raise UnreachableBudget(
             f"no architecture of {network.name} was found that keeps all budgets; the tightest is "
-            f"{tightest.name} at {tightest.limit:.6g} {tightest.unit}"
+            f"{tightest.name} at {tightest.told}"
         )
     return torch.tensor(list(unique))
 

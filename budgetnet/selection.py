@@ -119,7 +119,7 @@ def measured_to_fit(
         smallest = torch.cat([budget.cheapest(network) for budget in budgets])
         seen.add(seen.new(trimmed(network, smallest)))
     if not seen.good:
-        limits = ", ".join(f"{budget.name} at {budget.limit:.6g} {budget.unit}" for budget in budgets)
+        limits = ", ".join(f"{budget.name} at {budget.told}" for budget in budgets)
         raise UnreachableBudget(
             f"of {len(seen.cost)} networks of {network.name} that were measured none keeps {limits}"
         )

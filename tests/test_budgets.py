@@ -151,7 +151,9 @@ def test_limits_out_of_reach_say_what_binds():
     costs = MACs().bind(NETWORK)(used)
     smallest = float(costs[used.any(dim=1)].min())
     check_reachable(NETWORK, [Budget(MACs(), at_most=smallest).bind(NETWORK)])
-    message = rf"macs must be at most .* MAC, but the smallest network of conv_fabric takes {smallest:.6g}: input \d+, "
+    message = (
+        rf"macs must be at most .* MACs, but the smallest network of conv_fabric takes {smallest:.6g}: input \d+, "
+    )
     with pytest.raises(UnreachableBudget, match=message):
         check_reachable(NETWORK, [Budget(MACs(), at_most=smallest - 1).bind(NETWORK)])
     for limit in (smallest / (1 + TOLERANCE) - 1, FULL / (1 - TOLERANCE) + 1):

@@ -531,7 +531,7 @@ def test_a_controller_that_cannot_be_is_one_line(given, line):
 def test_a_controller_of_nothing_or_of_what_cannot_be_is_one_line():
     with pytest.raises(ConfigError, match="a controller needs at least one budget, such as macs<=25%, got none"):
         bn.Controller(fabric(), [], total_steps=10)
-    with pytest.raises(UnreachableBudget, match="macs must be at most 3 MAC, but the smallest network"):
+    with pytest.raises(UnreachableBudget, match="macs must be at most 3 MACs, but the smallest network"):
         bn.Controller(fabric(), ["macs<=3"], total_steps=10)
     with pytest.raises(ConfigError, match="a cost has one budget, got 2 of macs"):
         bn.Controller(fabric(), ["macs<=50%", "macs<=40%"], total_steps=10)

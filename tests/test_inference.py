@@ -165,8 +165,8 @@ def test_a_threshold_comes_to_a_target_from_either_side(cost, asked, expected):
 @pytest.mark.parametrize(
     ("cost", "asked", "line"),
     [
-        (lambda tau: 60 if tau < 0.7 else 20, "macs~=40", "macs must be near 40 MAC, but .* comes nearest .* takes "),
-        (lambda tau: 60 - 10 * tau, "macs~=70", "macs must be near 70 MAC, but at the threshold .* takes 60$"),
+        (lambda tau: 60 if tau < 0.7 else 20, "macs~=40", "macs must be near 40 MACs, but .* comes nearest .* takes "),
+        (lambda tau: 60 - 10 * tau, "macs~=70", "macs must be near 70 MACs, but at the threshold .* takes 60$"),
         (lambda tau: 100 * (1 - tau), "macs~=70 params<=30", "must be .* but at the threshold of the gates"),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_budget_that_no_threshold_keeps_is_said_in_one_line():
     def look(tau: float) -> Observed:
         return Observed({}, {"macs": 80 - 10 * tau}, [])
 
-    with pytest.raises(UnreachableBudget, match=r"macs must be at most 50 MAC, but at the threshold .* takes 70"):
+    with pytest.raises(UnreachableBudget, match=r"macs must be at most 50 MACs, but at the threshold .* takes 70"):
         fitting_threshold(budgets(50), look)
 
 

@@ -373,7 +373,7 @@ def test_a_limit_out_of_reach_says_what_the_smallest_consists_of():
     smallest = least(network, "total")[0]
     [row] = check_reachable(network, [Budget(Memory(), at_most=smallest).bind(network)])
     assert row["smallest"] == smallest
-    message = rf"memory must be at most .* B, but .* takes {smallest:.6g}: \d+ B of parameters and \d+ B of activations"
+    message = rf"must be at most .* bytes, but .* takes {smallest:.6g}: \d+ B of parameters and \d+ B of activations"
     with pytest.raises(UnreachableBudget, match=message):
         check_reachable(network, [Budget(Memory(), at_most=smallest - 1).bind(network)])
 

@@ -184,7 +184,7 @@ def test_the_smallest_of_own_networks_is_the_smallest(seed: int, nodes: int, ext
 
 def test_a_limit_out_of_reach_says_where_the_cut_is():
     network = TINY["conv"]
-    message = r"transfer:0 must be at most 100 B, but .* takes 768: the device sends x after 0 of 0 MAC"
+    message = r"transfer:0 must be at most 100 bytes, but .* takes 768: the device sends x after 0 of 0 MAC"
     with pytest.raises(UnreachableBudget, match=message):
         check_reachable(network, [Budget(Transfer("0"), at_most=100).bind(network)])
     [row] = check_reachable(network, [Budget(Transfer("1M"), at_most="8B").bind(network)])

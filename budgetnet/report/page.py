@@ -13,12 +13,13 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from budgetnet.budgets import plural
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.files import replace
 from budgetnet.report import figures, gate_figures, quantities
 from budgetnet.report.architecture import Architecture, Edge
 from budgetnet.report.network import Drawing, draw, shares
-from budgetnet.report.quantities import MISSING, duration, exact, percent, plural, share, si
+from budgetnet.report.quantities import MISSING, duration, exact, percent, share, si
 from budgetnet.report.run import Quality, Run
 from budgetnet.report.schedule import gantt
 from budgetnet.report.words import headline, outcomes, quality, verdict

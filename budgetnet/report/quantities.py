@@ -5,7 +5,6 @@ from __future__ import annotations
 SPACE = "\u00a0"
 TIMES, MINUS, MISSING = "\u00d7", "\u2212", "\u2013"
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
-PLURALS = {"B": "bytes"} | {unit: f"{unit}s" for unit in ("MAC", "parameter", "step", "layer", "gate", "byte")}
 
 
 def si(value: float, digits: int = 3) -> str:
@@ -28,11 +27,6 @@ def apart(value: float, limit: float) -> tuple[str, str]:
 def exact(value: float) -> str:
     """Every digit of a count, and of a mean of large ones, in groups of three; other numbers with 6 digits."""
     return f"{value:,.0f}" if (value == round(value) or abs(value) >= 1e5) and abs(value) < 1e15 else f"{value:.6g}"
-
-
-def plural(unit: str) -> str:
-    """The unit as a word in a sentence."""
-    return PLURALS.get(unit, unit)
 
 
 def share(value: float, whole: float | None) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from budgetnet.report.quantities import MINUS, MISSING, apart, percent, plural, share
+from budgetnet.budgets import plural
+from budgetnet.report.quantities import MINUS, MISSING, apart, percent, share
 from budgetnet.report.run import Quality, Run
 
 
