@@ -25,7 +25,7 @@ test: setup
 	$(BIN)/python -m pytest -n auto
 
 slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 check: setup
 	$(BIN)/ruff check .

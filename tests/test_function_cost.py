@@ -728,10 +728,9 @@ def searched(source: str, seed: int, steps: int = 3000) -> tuple[bool, float, bo
     return found == int(objective.argmin()), undecided, int(objective.argmin()) != int(of_mean.argmin())
 
 
-@pytest.mark.parametrize("source", ["noise", "examples"])
-def test_a_search_ends_on_the_optimum_of_the_expected_objective(source):
+def test_a_search_ends_on_the_optimum_of_the_expected_objective():
     """One seed; ten are under `slow`. The noise matters: the optimum under the mean cost is another architecture."""
-    optimal, _, moved = searched(source, seed=0)
+    optimal, _, moved = searched("noise", seed=0)
     assert optimal
     assert moved
 

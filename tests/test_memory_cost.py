@@ -386,7 +386,7 @@ def test_a_limit_out_of_reach_says_what_the_smallest_consists_of():
     [
         ("resnet_fabric", True),
         ("ends", True),
-        ("mobilenet_v2", True),
+        pytest.param("mobilenet_v2", True, marks=pytest.mark.slow),
         ("densenet_exits", True),
         ("segmentation", False),
     ],

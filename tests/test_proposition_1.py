@@ -49,7 +49,7 @@ def every_score(space: bn.SuperNetwork, x: torch.Tensor, y: torch.Tensor) -> tup
     return every, torch.tensor([known[tuple(row.tolist())] for row in used], dtype=torch.float64)
 
 
-def searched(cost: str, limit: str, seed: int) -> tuple[bool, float, float]:
+def searched(cost: str, limit: str, seed: int, steps: int = STEPS) -> tuple[bool, float, float]:
     """Whether the search's mode is the optimum of Eq. 2, its remaining entropy in nats, and its objective's excess."""
     torch.manual_seed(seed)
     data = bn.data.load("digits")
@@ -70,10 +70,10 @@ def searched(cost: str, limit: str, seed: int) -> tuple[bool, float, float]:
     learner.begin_search()
     space.eval()  # the scored weights and statistics stay as they are: only the gates learn
     generator = torch.Generator().manual_seed(seed)
-    for step in range(STEPS):
+    for step in range(steps):
         rows = torch.randint(len(x), (512,), generator=generator)
         draws = seeded(learner.device, seed, step)
-        progress = min(1.0, step / (0.6 * STEPS))
+        progress = min(1.0, step / (0.6 * steps))
         learner.step(x[rows], y[rows], "search", generator=draws, rate=0.0, progress=progress, sums=Sums())
     logits = space.gates.logits.detach()
     mode = (logits > 0).float()[None]
@@ -83,10 +83,9 @@ def searched(cost: str, limit: str, seed: int) -> tuple[bool, float, float]:
     return bool((found == used[best]).all()), undecided, float(objective[place] - objective[best])
 
 
-@pytest.mark.parametrize(("cost", "limit"), [("macs", "45%"), ("steps:2", "9")])
-def test_the_search_ends_on_the_best_of_all_architectures(cost, limit):
-    """One seed; ten are under `slow`."""
-    optimal, undecided, _ = searched(cost, limit, seed=0)
+def test_the_search_ends_on_the_best_of_all_architectures():
+    """One seed and half of the steps; ten seeds, and a cost that does not add up, are under `slow`."""
+    optimal, undecided, _ = searched("macs", "45%", seed=0, steps=STEPS // 2)
     assert optimal
     assert undecided < 0.2
 
