@@ -301,7 +301,13 @@ def test_a_machine_that_wavers_widens_what_is_expected_again(monkeypatch):
 @pytest.mark.usefixtures("clocked")
 @pytest.mark.parametrize(
     ("speeds", "counts", "looks"),
-    [([1.05], 1.05, 1), ([1.3, 1.0], 1.0, 2), ([1.3, 1.5, 1.2], 1.2, 3), ([1.3, 1.2, 1.5], 1.2, 3), ([0.5], 0.5, 1)],
+    [
+        ([1.04], 1.04, 1),
+        ([1.06, 1.0], 1.0, 2),
+        ([1.3, 1.5, 1.3, 1.4, 1.2], 1.2, 5),
+        ([1.3, 1.5, 1.2, 1.4, 1.3], 1.2, 5),
+        ([0.5], 0.5, 1),
+    ],
 )
 def test_what_is_measured_while_the_machine_is_slow_is_measured_again(monkeypatch, speeds, counts, looks):
     """Whatever it shows of the network itself."""

@@ -37,10 +37,10 @@ Where its weights come to lie in memory makes the same network up to a sixth slo
 """
 SLOWER, NOISY = 1.1, 0.25
 """A machine is slower when the yardstick takes so many times as long; noisy when so many calls are interrupted."""
-AGAIN = 3
-"""Times that networks are measured at most where the machine is slower meanwhile than it mostly was."""
 WAVER = 0.05
 """At most so much is added to what was measured, as a share, for a machine that changes its speed."""
+AGAIN = 5
+"""Times that networks are measured at most where the machine is slower meanwhile, by more than that."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class LatencyModel:
         """
         ways = [*(self.assembler.whole(row[None]) for row in kept), self.assembler.yardstick()]
         looks: list[list[Timing]] = []
-        while len(looks) < again and (not looks or self._slowness(looks[-1][-1]) > SLOWER * self.speed):
+        while len(looks) < again and (not looks or self._slowness(looks[-1][-1]) > (1 + WAVER) * self.speed):
             looks.append(self.assembler.times(ways, calls, seconds))
         *timings, yard = min(looks, key=lambda look: self._slowness(look[-1]))
         speed = self._look_at(yard, float(np.mean([timing.disturbed for timing in timings])))
