@@ -15,7 +15,7 @@ from torch import Tensor
 from budgetnet.assembly import Assembler, Runtime
 from budgetnet.costs.additive import ChannelCost, EdgeCost, MACs
 from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, openings
-from budgetnet.costs.measured import Measured
+from budgetnet.costs.measured import LOOKS, Measured
 from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError
 from budgetnet.gated import ChannelGate, GatedSequential
@@ -102,14 +102,17 @@ class Latency:
         return Assembler(network, runtime=runtime, threads=self.threads, batch=self.batch, device=self.device)
 
     def measured(self, network: SuperNetwork, kept: Tensor) -> Measured:
-        """What the extracted network of an architecture, `(1, G)`, takes; nothing is predicted.
+        """What the extracted network of an architecture, `(1, G)`, takes, as a result says it; nothing is predicted.
 
         Raises:
             ConfigError: it does not connect input and output.
         """
         assembler, share, builds = self.assembler(network), quantile_share(self.quantile), builds_of(self.runtime)
-        timings = assembler.times([assembler.whole(kept) for _ in range(builds)], calls_of(share, builds), SECONDS)
-        return Measured.middle([seen_at(timing, share) for timing in timings])
+        looks = []
+        for _ in range(LOOKS):
+            timings = assembler.times([assembler.whole(kept) for _ in range(builds)], calls_of(share, builds), SECONDS)
+            looks.append(Measured.middle([seen_at(timing, share) for timing in timings]))
+        return Measured.middle(looks)
 
     def bind(self, network: SuperNetwork) -> LatencyModel:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.

@@ -8,6 +8,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+LOOKS = 3
+"""Times that what is reported is measured, an odd number: the middle one counts."""
+
 
 @dataclass(frozen=True)
 class Measured:
