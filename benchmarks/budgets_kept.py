@@ -80,7 +80,8 @@ def finished(space: str, budget: str, seed: int, arguments: argparse.Namespace) 
         options = bn.SearchOptions(seed=seed)
         row: dict[str, object] = {"budgets": [], "accuracy": None}
         try:
-            result = bn.search(SPACES[space](), data, budget.split(), options, out=arguments.out / name).result
+            found = bn.search(SPACES[space](), data, budget.split(), options, out=arguments.out / name, resume=True)
+            result = found.result
             row = {"budgets": result["budgets"], "accuracy": result["test"]["accuracy"], "seconds": result["seconds"]}
         except UnreachableBudget as error:
             row["error"] = str(error)
