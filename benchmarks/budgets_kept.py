@@ -80,8 +80,8 @@ def finished(space: str, budget: str, seed: int, arguments: argparse.Namespace) 
         options = bn.SearchOptions(seed=seed)
         row: dict[str, object] = {"budgets": [], "accuracy": None}
         try:
-            found = bn.search(SPACES[space](), data, budget.split(), options, out=arguments.out / name, resume=True)
-            result = found.result
+            run = arguments.out / name
+            result = bn.search(SPACES[space](), data, budget.split(), options, out=run, resume=True).result
             row = {"budgets": result["budgets"], "accuracy": result["test"]["accuracy"], "seconds": result["seconds"]}
         except UnreachableBudget as error:
             row["error"] = str(error)
