@@ -729,8 +729,8 @@ def searched(source: str, seed: int, steps: int = 3000) -> tuple[bool, float, bo
 
 
 def test_a_search_ends_on_the_optimum_of_the_expected_objective():
-    """One seed; ten are under `slow`. The noise matters: the optimum under the mean cost is another architecture."""
-    optimal, _, moved = searched("noise", seed=0)
+    """One seed and half of the steps; ten seeds are `slow`. Under the mean cost another architecture is the best."""
+    optimal, _, moved = searched("noise", seed=0, steps=1500)
     assert optimal
     assert moved
 
