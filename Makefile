@@ -21,11 +21,12 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/budgetnet search --data digits --space resnet_fabric --budget 'macs<=25%' --epochs 40
 
+# one thread a process, as there is a process a core: threads of several that wait for each other slow all of them
 test: setup
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 slow: setup
-	$(BIN)/python -m pytest -n auto -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
 
 check: setup
 	$(BIN)/ruff check .
