@@ -298,9 +298,9 @@ def check_reachable(
     for budget in budgets:
         row, refusal = _beside(network, budget, sampled)
         rows.append(row)
-        refusals += [refusal] if refusal else []
-    if refuse and (refusals or (refusals := _refusals_together(network, budgets))):
-        raise UnreachableBudget(refusals[0], rows)
+        refusals.append(refusal)
+    if refuse and (refusal := next(filter(None, refusals), "") or _refusal_together(network, budgets)):
+        raise UnreachableBudget(refusal, rows)
     return rows
 
 
@@ -341,7 +341,7 @@ def _beside(network: SuperNetwork, budget: BoundBudget, sampled: Tensor) -> tupl
     return row, refusal
 
 
-def _refusals_together(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> list[str]:
+def _refusal_together(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> str:
     """Why no path keeps all limits, each of which the smallest network keeps; empty where one does.
 
     Of what is only predicted a limit of so much more is asked, and nothing where even then no path is predicted to
@@ -355,15 +355,15 @@ def _refusals_together(network: SuperNetwork, budgets: Sequence[BoundBudget]) ->
                 continue
         elif fitting_path(network, [budget]) is None:
             path = network.used(budget.cheapest(network))
-            return [
+            return (
                 f"{budget.name} must be at most {budget.told}, but no network of "
                 f"{network.name} takes so little: {_binding(network, budget, path)}"
-            ]
+            )
         asked.append(budget)
     if fitting_path(network, asked) is not None:
-        return []
+        return ""
     together = ", ".join(f"{budget.name}<={budget.limit:.6g}" for budget in budgets if budget.upper)
-    return [f"each limit can be kept alone, but no network of {network.name} keeps them together: {together}"]
+    return f"each limit can be kept alone, but no network of {network.name} keeps them together: {together}"
 
 
 def fitting_path(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> Tensor | None:
