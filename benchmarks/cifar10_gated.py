@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,36 @@ ROWS = Path(__file__).parent / "results" / "cifar10_gated"
 TIMED = 64
 """Test images that latency is measured on."""
 RANDOM = tuple(f"random {number}" for number in range(1, 6))
-GATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "pruned": ({}, {}),
-    "pruned wide": ({"expansion": 2}, {}),
-    "pruned taught": ({}, {"distillation": 1.0}),
-    "conditional": ({"conditional": True}, {"noiseless": 0.7}),
-    "conditional layers": ({"conditional": True, "gates": "layers"}, {"noiseless": 0.7}),
-    "layers": ({"gates": "layers"}, {}),
-    "blocks and eights": ({"gates": "both", "granularity": 8}, {}),
-    "per-gate loss": ({}, {"penalty": "per-gate"}),
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What is searched.
+
+    Attributes:
+        space, search: options of both.
+        in_time: a cost in milliseconds that is to save at least `IN_TIME` of the share of MACs that is saved.
+    """
+
+    space: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
+    in_time: str | None = None
+
+
+GATED = {
+    "pruned": Gated(),
+    "pruned wide": Gated({"expansion": 2}),
+    "pruned taught": Gated({}, {"distillation": 1.0}),
+    "conditional": Gated({"conditional": True}, {"noiseless": 0.7}),
+    "conditional layers": Gated({"conditional": True, "gates": "layers"}, {"noiseless": 0.7}),
+    "layers": Gated({"gates": "layers"}),
+    "blocks and eights": Gated({"gates": "both", "granularity": 8}),
+    "blocks and eights timed": Gated({"gates": "both", "granularity": 8}, in_time="latency[batch=64]"),
+    "per-gate loss": Gated({}, {"penalty": "per-gate"}),
 }
-"""What is searched: options of the space, and of the search. The wide one may take up to twice the hidden channels; of
-the taught one the full network learns beside it to the end, which its seconds show; gates that look at the input have
-noise until the limit is in full force."""
+"""The wide one may take up to twice the hidden channels; of the taught one the full network learns beside it to the
+end, which its seconds show; gates that look at the input have noise until the limit is in full force."""
+IN_TIME = 0.8
 KINDS = (*GATED, "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
 DENSE_EPOCHS = 2 / 3
 """Share of the epochs that the pruners train the dense network for; the rest follows the pruning."""
@@ -107,7 +125,7 @@ class Row:
         self.rows, self.test = arguments.rows, Batches(data.test, batch_size=128, shuffle=False)
         self.before = 0.0
         self.options = bn.SearchOptions(epochs=arguments.epochs, seed=seed, **COMMON)
-        own = GATED.get(kind, ({}, {}))[1] | arguments.options
+        own = GATED.get(kind, Gated()).search | arguments.options
         self.searched = bn.SearchOptions(**{"epochs": arguments.epochs, "seed": seed} | COMMON | own)
         with torch.device("meta"):
             dense = peers.macs(peers.ResNet20(), EXAMPLE)
@@ -137,11 +155,14 @@ class Row:
 
     def gated(self) -> tuple[nn.Module, dict[str, Any]]:
         """The rows that budgetnet trains: searched, found, or drawn at random."""
-        space = bn.spaces.resnet(depth=20, **GATED.get(self.kind, ({}, {}))[0])
-        budget = bn.Budget(bn.costs.MACs(), at_most=self.limit)
+        kind = GATED.get(self.kind, Gated())
+        space = bn.spaces.resnet(depth=20, **kind.space)
+        budgets: list[bn.Budget | str] = [bn.Budget(bn.costs.MACs(), at_most=self.limit)]
+        if kind.in_time:
+            budgets.append(f"{kind.in_time}<={100 - IN_TIME * (100 - self.target):g}%")
         run = self.folder / "run"
         if self.kind in GATED:
-            found = bn.search(space, self.data, [budget], self.searched, out=run, resume=True)
+            found = bn.search(space, self.data, budgets, self.searched, out=run, resume=True)
         else:
             if self.kind == "found shape":
                 shape: str | Tensor = str(self.rows / f"pruned-{self.target}-seed{self.seed}.architecture.json")
