@@ -151,24 +151,23 @@ class Graph:
         """
         return both(kept, self.relevant(kept, ahead))
 
-    def cheapest_path(self, weights: Sequence[float]) -> tuple[int, ...]:
-        """Indices of the edges on a path from source to sink of the least sum of `weights` (E, >= 0)."""
+    def cheapest_to(self, weights: Sequence[float]) -> dict[int, tuple[float, tuple[int, ...]]]:
+        """For each node the least sum of `weights` (E, >= 0) over a path from the source, and that path's edges."""
         best: dict[int, tuple[float, tuple[int, ...]]] = {self.source: (0.0, ())}
         for node in self.order:
             for index in self.incoming[node]:
-                before = best.get(self.edges[index][0])
-                if before is not None and (node not in best or before[0] + weights[index] < best[node][0]):
-                    best[node] = (before[0] + weights[index], (*before[1], index))
-        return best[self.sink][1]
+                value, path = best[self.edges[index][0]]
+                if node not in best or value + weights[index] < best[node][0]:
+                    best[node] = (value + weights[index], (*path, index))
+        return best
+
+    def cheapest_path(self, weights: Sequence[float]) -> tuple[int, ...]:
+        """Indices of the edges on a path from source to sink of the least sum of `weights` (E, >= 0)."""
+        return self.cheapest_to(weights)[self.sink][1]
 
     def cheapest_through(self, weights: Sequence[float]) -> list[tuple[int, ...]]:
         """For each edge a path from source to sink that takes it, of the least sum of `weights` (E, >= 0)."""
-        ahead: dict[int, tuple[float, tuple[int, ...]]] = {self.source: (0.0, ())}
-        for node in self.order:
-            for index in self.incoming[node]:
-                value, path = ahead[self.edges[index][0]]
-                if node not in ahead or value + weights[index] < ahead[node][0]:
-                    ahead[node] = (value + weights[index], (*path, index))
+        ahead = self.cheapest_to(weights)
         behind: dict[int, tuple[float, tuple[int, ...]]] = {self.sink: (0.0, ())}
         for node in reversed(self.order):
             for index in self.outgoing[node]:

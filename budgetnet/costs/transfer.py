@@ -157,11 +157,8 @@ class TransferCost:
         It is a path: the cheapest way in MACs to some node, which is where it is cut, and any way on. Exact, but for a
         path that brings fixed edges beside it to life.
         """
-        network, graph, costs = self.network, self.graph, self.macs.along_path
-        ahead: dict[int, tuple[float, tuple[int, ...]]] = {graph.source: (0.0, ())}
-        for node in graph.order[1:]:
-            ways = [(edge, ahead[graph.edges[edge][0]]) for edge in graph.incoming[node]]
-            ahead[node] = min((spent + costs[edge], (*path, edge)) for edge, (spent, path) in ways)
+        network, graph = self.network, self.graph
+        ahead = graph.cheapest_to(self.macs.along_path)
         behind: dict[int, tuple[int, ...]] = {graph.sink: ()}
         for node in reversed(graph.order[:-1]):
             edge = graph.outgoing[node][0]
