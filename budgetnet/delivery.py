@@ -227,7 +227,8 @@ def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:
 def reached(budget: BoundBudget, value: float) -> dict[str, Any]:
     """A budget beside what was reached."""
     met = bool(budget.met(torch.tensor(value, dtype=torch.float64)))
-    return {"cost": budget.name, "unit": budget.unit, "limit": budget.limit, "value": value, "met": met}
+    limit = {"limit": budget.limit, "at_most": budget.upper}
+    return {"cost": budget.name, "unit": budget.unit, **limit, "value": value, "met": met}
 
 
 def restored(run: RunFolder, network: SuperNetwork) -> SuperNetwork:

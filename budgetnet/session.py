@@ -235,6 +235,7 @@ class Session:
                     "cost": budget.name,
                     "unit": budget.unit,
                     "limit": budget.limit,
+                    "at_most": budget.upper,
                     "target": limit,
                     "sampled": cost,
                     "mode": float(budget.model(used)[0]),

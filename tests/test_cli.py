@@ -287,7 +287,11 @@ def test_several_budgets_and_targets_are_all_met(tmp_path, say, capsys):
     assert cli.main(command) == 0  # as people run it
     assert "yes" in capsys.readouterr().out
     found = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert [row["cost"] for row in found["budgets"]] == ["macs", "params", "steps:2"]
+    assert [(row["cost"], row["at_most"]) for row in found["budgets"]] == [
+        ("macs", False), ("params", True), ("steps:2", True)
+    ]  # fmt: skip
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert [row["at_most"] for row in last["budgets"]] == [False, True, True]
     assert all(row["met"] for row in found["budgets"])
     assert abs(found["budgets"][0]["value"] / found["budgets"][0]["limit"] - 1) <= 0.05
 

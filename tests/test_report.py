@@ -112,8 +112,8 @@ def epochs(count: int = 9, gates: list[str] | None = None) -> list[dict[str, Any
     for epoch in range(count):
         phase = ("warmup", "search", "finetune")[min(epoch // 3, 2)]
         searching = phase == "search"
-        cost = {"cost": "macs", "unit": "MAC", "limit": LIMIT, "target": 2 * LIMIT if searching else None,
-                "sampled": 1.1e7 if searching else None, "mode": 1.05e7,
+        cost = {"cost": "macs", "unit": "MAC", "limit": LIMIT, "at_most": True,
+                "target": 2 * LIMIT if searching else None, "sampled": 1.1e7 if searching else None, "mode": 1.05e7,
                 "price": 1.3 if searching else None}  # fmt: skip
         lines.append(
             {"epoch": epoch, "phase": phase, "step": 12 * epoch, "images_seen": 1437 * (epoch + 1),
@@ -138,7 +138,8 @@ def folder(path: Path, *, value: float = VALUE, finished: bool = True, mark: str
     outcome = {
         "space": "fabric", "data": "digits", "seed": 7, "images_seen": 12933, "images_taught": 0,
         "seconds": 3805.0,
-        "budgets": [{"cost": "macs", "unit": "MAC" + mark, "limit": LIMIT, "value": value, "met": value <= LIMIT}],
+        "budgets": [{"cost": "macs", "unit": "MAC" + mark, "limit": LIMIT, "at_most": True, "value": value,
+                     "met": value <= LIMIT}],
         "before": [{"cost": "macs", "unit": "MAC" + mark, "limit": LIMIT, "smallest": 2e6, "bound": True,
                     "expected": 3e7, "full": FULL}],
         "full": {"macs": FULL, "params": 750_000},
@@ -215,7 +216,7 @@ def test_headline_table_and_evidence_give_the_numbers_of_the_run(tmp_path):
 
 @pytest.mark.parametrize("unit", ["layer", "gate", "step", "parameter"])
 def test_units_of_what_is_counted_are_words_of_the_headline(tmp_path, unit):
-    budget = {"cost": "own", "unit": unit, "limit": 14.3, "value": 13.9, "met": True}
+    budget = {"cost": "own", "unit": unit, "limit": 14.3, "at_most": True, "value": 13.9, "met": True}
     text = page(write(folder(tmp_path / "run", budgets=[budget])))
     assert f"uses 13.9 of at most 14.3 {unit}s" in text
 
@@ -245,7 +246,7 @@ def test_drawn_widths_are_shares_of_the_macs(tmp_path):
 
 @pytest.mark.parametrize(("value", "met"), [(10.3e6, False), (10.3e6, True), (9e6, False)])
 def test_a_budget_counts_as_kept_only_if_verdict_and_numbers_agree(tmp_path, value, met):
-    budget = {"cost": "macs", "unit": "MAC", "limit": LIMIT, "value": value, "met": met}
+    budget = {"cost": "macs", "unit": "MAC", "limit": LIMIT, "at_most": True, "value": value, "met": met}
     text = page(write(folder(tmp_path / "run", budgets=[budget])))
     assert '<span class="badge broken">✗ budget not kept</span>' in text
     assert "✗ no" in text
@@ -254,10 +255,8 @@ def test_a_budget_counts_as_kept_only_if_verdict_and_numbers_agree(tmp_path, val
 
 def test_a_target_may_be_passed_from_above(tmp_path):
     run = folder(tmp_path / "run")
-    change(run / "options.json", "budgets.0", "macs~=25%")
-    change(
-        run / "result.json", "budgets.0", {"cost": "macs", "unit": "MAC", "limit": LIMIT, "value": 1.03e7, "met": True}
-    )
+    for key, value in (("at_most", False), ("value", 1.03e7), ("met", True)):
+        change(run / "result.json", f"budgets.0.{key}", value)
     text = page(write(run))
     assert "uses 10.3 M of about 10.2 M MACs" in text
     assert "✓ budget kept" in text
@@ -268,6 +267,7 @@ def test_what_only_a_measurement_shows_is_beside_what_it_was_before(tmp_path):
         "cost": "latency",
         "unit": "ms",
         "limit": 2.0,
+        "at_most": True,
         "value": 1.9,
         "met": True,
         "low": 1.8,
@@ -278,6 +278,7 @@ def test_what_only_a_measurement_shows_is_beside_what_it_was_before(tmp_path):
         "cost": "latency",
         "unit": "ms",
         "limit": 2.0,
+        "at_most": True,
         "smallest": 0.1,
         "bound": True,
         "expected": 3.1,

@@ -41,6 +41,7 @@ class Price:
     cost: str
     unit: str
     limit: float
+    at_most: bool  # False for a target from either side
     target: float | None  # the annealed limit of this epoch
     sampled: float | None  # mean over the sampled architectures
     mode: float | None  # of the most probable architecture
@@ -82,6 +83,7 @@ class Epoch:
                     cost=budget.text("cost"),
                     unit=budget.text("unit"),
                     limit=budget.number("limit"),
+                    at_most=budget.flag("at_most"),
                     **{key: budget.maybe_number(key) for key in ("target", "sampled", "mode", "price")},
                 )
                 for budget in record.records("budgets")
@@ -140,10 +142,8 @@ class Result:
     inference: Inference | None  # None where no gate looks at the input
 
     @classmethod
-    def read(cls, record: Record, asked: list[str]) -> Result:
-        """Reads result.json; `asked` are the budgets as they were given, which say what is a target."""
-        budgets = record.records("budgets")
-        signs = asked if len(asked) == len(budgets) else [""] * len(budgets)
+    def read(cls, record: Record) -> Result:
+        """Reads result.json."""
         return cls(
             seed=record.whole("seed"),
             images_seen=record.number("images_seen"),
@@ -155,13 +155,13 @@ class Result:
                     unit=budget.text("unit"),
                     limit=budget.number("limit"),
                     value=budget.number("value"),
-                    at_most="~=" not in sign,
+                    at_most=budget.flag("at_most"),
                     met=budget.flag("met"),
                     **{key: budget.maybe_number(key) for key in ("low", "high", "predicted", "error")},
                     unsure="noise" in budget.values and budget.flag("noise"),
                     notes=tuple(budget.texts("notes")) if "notes" in budget.values else (),
                 )
-                for budget, sign in zip(budgets, signs, strict=True)
+                for budget in record.records("budgets")
             ),
             full={each.text("cost"): each.number("full") for each in record.records("before")} | record.costs("full"),
             network=record.costs("network"),
@@ -234,7 +234,7 @@ class Run:
             architecture=architecture,
             plans=() if drawn is None else read_plans(drawn),
             cuts=() if drawn is None else read_cuts(drawn),
-            result=Result.read(read_json(end), options.texts("budgets")) if end.exists() else None,
+            result=Result.read(read_json(end)) if end.exists() else None,
         )
 
     @property

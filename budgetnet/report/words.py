@@ -64,9 +64,6 @@ def outcomes(run: Run) -> list[Row]:
         ]  # fmt: skip
     if not run.epochs:
         return []
-    asked = run.options.texts("budgets")
-    latest = run.epochs[-1].budgets
-    signs = asked if len(asked) == len(latest) else [""] * len(latest)
     return [
         Row(
             cost=each.cost,
@@ -74,10 +71,10 @@ def outcomes(run: Run) -> list[Row]:
             limit=each.limit,
             value=each.mode,
             full=None,
-            at_most="~=" not in sign,
+            at_most=each.at_most,
             kept=None,
         )
-        for each, sign in zip(latest, signs, strict=True)
+        for each in run.epochs[-1].budgets
     ]
 
 
