@@ -5,8 +5,7 @@
 For each space the table is built as a search builds it (its whole networks are other ones), then `--networks` random
 architectures are predicted and measured in turns in one process. MACs are scaled to milliseconds by the factor that
 fits best. Then `--again` others are measured as at the end of a search, and in a new process each as by `measure`:
-how many lie within 5 %, in milliseconds and as a multiple of a fixed network's, timed before and behind on either
-side: a machine may change its speed.
+how many lie within 5 %.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ import torch
 
 import budgetnet as bn
 from budgetnet.costs import Latency, MACs
-from budgetnet.costs.latency import SECONDS, LatencyModel, widely
-from budgetnet.costs.measured import LOOKS, Measured
+from budgetnet.costs.latency import LatencyModel, widely
 
 SPACES: dict[str, Callable[[], bn.SuperNetwork]] = {
     "fabric of width 3": lambda: bn.spaces.resnet_fabric(width=3),
@@ -44,11 +42,11 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.measure:
         (name,) = arguments.spaces
-        print(*measured(stirred(SPACES[name]()), Latency(batch=arguments.batch), arguments.measure))
+        kept = torch.tensor([[float(bit) for bit in arguments.measure]])
+        print(Latency(batch=arguments.batch).measured(stirred(SPACES[name]()), kept).value)
         return
-    print("| space | runtime | rank correlation | median error | of MACs: rank correlation | median error | again, ms "
-          "| again, multiple |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|")
+    print("| space | runtime | rank correlation | median error | of MACs: rank correlation | median error | again |")
+    print("|---|---|---|---|---|---|---|")
     for name in arguments.spaces:
         for runtime in arguments.runtimes:
             print(f"| {name} | {runtime} | {row(name, runtime, arguments)} |", flush=True)
@@ -75,41 +73,21 @@ def row(name: str, runtime: str, arguments: argparse.Namespace) -> str:
     scaled = macs * np.dot(macs, seen) / np.dot(macs, macs)
     parts = [f"{rank_correlation(guess, seen):.3f} | {100 * np.median(np.abs(guess / seen - 1)):.1f} %" for guess in
              (predicted, scaled)]  # fmt: skip
-    return " | ".join([*parts, again(name, model, arguments.again) if runtime == "onnxruntime" else " | "])
+    return " | ".join([*parts, again(name, model, arguments.again) if runtime == "onnxruntime" else ""])
 
 
 def again(name: str, model: LatencyModel, count: int) -> str:
-    """Of so many architectures, how many take within 5 % in a process of their own what a result would say here.
-
-    In milliseconds, and as a multiple of what the yardstick takes.
-    """
-    kept = widely(model.network, count + 1, torch.Generator().manual_seed(2))[1:]
-    near = [0, 0]
-    for row in kept:
-        before = yardstick(model.network, model.cost)
-        here = Measured.middle([model.measure(row[None])[0] for _ in range(LOOKS)]).value
-        yard = (before + yardstick(model.network, model.cost)) / 2
+    """Of so many architectures, how many take within 5 % in a process of their own of what a result would say here."""
+    near = 0
+    for row in widely(model.network, count + 1, torch.Generator().manual_seed(2))[1:]:
+        here = model.report(row[None]).value
         bits = "".join(str(int(bit)) for bit in row.tolist())
         command = [sys.executable, __file__, "--spaces", name, "--batch", str(model.cost.batch), "--measure", bits]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        there, other = map(float, done.stdout.split()[-2:])
-        near[0] += abs(there / here - 1) <= 0.05
-        near[1] += abs((there / other) / (here / yard) - 1) <= 0.05
-    return " | ".join(f"{each} of {count}" for each in near)
-
-
-def measured(space: bn.SuperNetwork, cost: Latency, bits: str) -> tuple[float, float]:
-    """Milliseconds of an architecture as `budgetnet measure` says them, and of the yardstick before and behind."""
-    kept = torch.tensor([[float(bit) for bit in bits]])
-    before = yardstick(space, cost)
-    found = cost.measured(space, kept).value
-    return found, (before + yardstick(space, cost)) / 2
-
-
-def yardstick(space: bn.SuperNetwork, cost: Latency) -> float:
-    """Milliseconds of the fixed network."""
-    assembler = cost.assembler(space)
-    return assembler.times([assembler.yardstick()], 200, SECONDS)[0].quantile(0.5)
+        there = float(done.stdout.split()[-1])
+        near += abs(there / here - 1) <= 0.05
+        print(f"{name}: {here:.4f} ms here, {there:.4f} in a new process", file=sys.stderr, flush=True)
+    return f"{near} of {count}"
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

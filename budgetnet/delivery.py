@@ -27,7 +27,7 @@ from budgetnet.conditional import (
     tune_fastest,
 )
 from budgetnet.costs import MACs
-from budgetnet.costs.measured import LOOKS, LearningModel, Measured, MeasuredModel
+from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.evaluation import evaluate, recalibrate
@@ -216,12 +216,12 @@ def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:
     model = extracted(budget.model)
     if not isinstance(model, MeasuredModel):
         return reached(budget, float(model(used)[0]))
-    middle = Measured.middle([model.measure(kept)[0] for _ in range(LOOKS)])
-    told: dict[str, Any] = {**middle.told(), "noise": budget.unsure(middle.low, middle.high)}
+    found = model.report(kept)
+    told: dict[str, Any] = {**found.told(), "noise": budget.unsure(found.low, found.high)}
     told |= {"notes": list(getattr(model, "notes", {}).values()), "predicted": float(model(used)[0])}
     if isinstance(model, LearningModel):
         told["error"] = model.error
-    return {**reached(budget, middle.value), **told}
+    return {**reached(budget, found.value), **told}
 
 
 def reached(budget: BoundBudget, value: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.files import aside
-from budgetnet.timing import interleaved
+from budgetnet.timing import Timing, interleaved, steadied
 
 FORMATS = ("onnx", "pt2")
 PT2_FILE = re.compile(
@@ -172,8 +172,15 @@ def difference(a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor], x: 
 
 @torch.no_grad()
 def latency(run: Callable[[Tensor], object], x: Tensor, *, calls: int = 200, seconds: float = 0.0) -> dict[str, float]:
-    """Milliseconds of `run(x)`: median, 10th and 90th percentile of the calls that no other job interrupted."""
-    timing = interleaved([lambda: run(x)], calls=calls, seconds=seconds)[0]
+    """Milliseconds of `run(x)`: median, 10th and 90th percentile of the calls that no other job interrupted.
+
+    Where `seconds` are given it is looked at for as long again and again, as `steadied` has it.
+    """
+
+    def look() -> Timing:
+        return interleaved([lambda: run(x)], calls=calls, seconds=seconds)[0]
+
+    timing = steadied(look, lambda timing: timing.quantile(0.5))[0] if seconds else look()
     return {"median": timing.quantile(0.5), "p10": timing.quantile(0.1), "p90": timing.quantile(0.9)}
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ BURST = 10
 """Calls of one function in a row; the first `COLD` of them, which find another's data in the caches, do not count."""
 COLD = 2
 ENOUGH = 10
+STEADY, AGREE, LOOKS = 5, 0.01, 20
+"""The fastest looks at a machine that have to agree, by which share, and how many there are at most."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +87,26 @@ def interleaved(
                     taken.append(milliseconds)
                     interrupted.append(_switches() > before)
     return [_timing(np.array(taken), np.array(marks)) for taken, marks in zip(times, switched, strict=True)]
+
+
+def steadied(look: Callable[[], T], milliseconds: Callable[[T], float]) -> list[T]:
+    """Looks again until the machine shows its own speed: until the `STEADY` fastest looks agree.
+
+    What else runs on a machine slows down all calls of some seconds, and never speeds them up.
+
+    Args:
+        look: measures, for a second or so.
+        milliseconds: of what a look gave.
+
+    Returns:
+        The `STEADY` fastest looks, the fastest first; as they are where they do not agree after `LOOKS` of them.
+    """
+    looks: list[T] = []
+    while len(looks) < LOOKS:
+        looks = sorted([*looks, look()], key=milliseconds)
+        if len(looks) >= STEADY and milliseconds(looks[STEADY - 1]) <= (1 + AGREE) * milliseconds(looks[0]):
+            break
+    return looks[:STEADY]
 
 
 def quantile_share(name: str) -> float:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import budgetnet as bn
+from budgetnet import timing
 from budgetnet.assembly import Assembler
 from budgetnet.budgets import _limit, check_reachable, cost_name, parse_cost
 from budgetnet.costs import Latency, MACs
 from budgetnet.costs.channel_time import channel_time, counts_key, openings
 from budgetnet.costs.latency import LatencyModel, widely
-from budgetnet.costs.measured import LOOKS, Measured
+from budgetnet.costs.measured import Measured
 from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
 from budgetnet.export import export, onnx_session
@@ -360,6 +361,32 @@ def test_percents_are_of_the_middle_one_of_three_full_networks(monkeypatch):
     assert len(built) == 48 + 3
 
 
+@pytest.mark.usefixtures("clocked")
+def test_what_is_said_of_a_network_is_what_it_takes_while_the_machine_is_not_slowed_down(monkeypatch):
+    """By a result and by `measure`; and so is what percents are of, and how fast the machine is."""
+    space, before, slow = SPACES["fabric"]().eval(), Assembler.times, [1.0]
+    kept, cost, usual = widely(space, 2, generator())[1:], Latency(), Latency().bind(space)
+    value, full = usual.measure(kept)[0].value, usual.full
+
+    def times(self: Assembler, ways: Sequence[float], calls: int, seconds: float = 0.0) -> list[Timing]:
+        factor = slow.pop() if len(slow) > 1 else slow[0]
+        return before(self, [factor * way for way in ways], calls)
+
+    monkeypatch.setattr(timing, "STEADY", 5)
+    monkeypatch.setattr(Assembler, "times", times)
+    slow[:] = [1.0, 1.4, 1.3, 1.6]  # the last one first
+    model = cost.bind(space)
+    assert model.table.yardstick == pytest.approx(1.0)
+    assert model.full == pytest.approx(full)
+    slow[:] = [1.0, 1.2, 1.0, 1.3, 1.5]
+    found = model.report(kept)
+    assert found.value == pytest.approx(value)
+    assert value < found.high < 1.06 * value  # the machine wavers
+    slow[:] = [1.0, 1.2, 1.0, 1.3, 1.5]
+    assert cost.measured(space, kept).value == pytest.approx(value)
+    assert len(slow) == 1
+
+
 @pytest.mark.parametrize(("quantile", "calls"), [("median", 67), ("p95", 80), ("p99", 400), ("p1", 400)])
 @pytest.mark.usefixtures("clocked")
 def test_a_quantile_far_out_takes_more_calls(quantile: str, calls: int, monkeypatch):
@@ -372,7 +399,7 @@ def test_a_quantile_far_out_takes_more_calls(quantile: str, calls: int, monkeypa
     kept = widely(space, 2, generator())
     model.measure(kept)
     Latency(quantile=quantile).measured(space, kept[:1])
-    assert asked == [calls] * (1 + LOOKS)
+    assert asked == [calls] * 2
     assert quantile != "p99" or model.share**calls < 0.02
 
 
@@ -463,6 +490,9 @@ class Off:
         self.measured += len(kept)
         values = (self.macs(self.space.used(kept)) * self.share).tolist()
         return [Measured(value, 0.99 * value, 1.005 * value) for value in values]
+
+    def report(self, kept: Tensor) -> Measured:
+        return self.measure(kept)[0]
 
 
 @pytest.mark.parametrize("share", [0.7, 1.0, 1.3])

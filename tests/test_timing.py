@@ -10,7 +10,7 @@ import torch
 
 from budgetnet import timing
 from budgetnet.errors import ConfigError
-from budgetnet.timing import BURST, COLD, ENOUGH, Timing, interleaved, quantile_share
+from budgetnet.timing import BURST, COLD, ENOUGH, Timing, interleaved, quantile_share, steadied
 
 
 def test_a_quick_function_is_timed_as_long_as_asked():
@@ -18,6 +18,32 @@ def test_a_quick_function_is_timed_as_long_as_asked():
     found = interleaved([lambda: None, lambda: None], calls=8, seconds=0.2)
     assert time.perf_counter() - began >= 0.2
     assert all(len(timing.calls) > 100 for timing in found)
+
+
+@pytest.mark.parametrize(
+    ("seen", "fastest", "looks"),
+    [
+        ([2.0] * 9, [2.0] * 5, 5),
+        (
+            [1.3, 1.3, 1.4, 1.0, 1.3, 1.3, 1.0, 1.01, 1.0, 1.0, 0.5],
+            [1.0, 1.0, 1.0, 1.0, 1.01],
+            10,
+        ),  # a slow phase first
+        ([1.0, 1.0, 1.0, 1.0, 1.011, 1.3, 1.0, 0.5], [1.0] * 5, 7),
+        ([1.0, 1.0, 1.0, 1.0, 1.3, 0.9, 0.9, 0.9, 0.9, 1.0, 0.9], [0.9] * 5, 11),  # faster than it seemed
+        ([1.1**n for n in range(30, 0, -1)], [1.1**n for n in range(11, 16)], 20),  # it never agrees
+    ],
+)
+def test_a_machine_is_looked_at_until_its_fastest_looks_agree(monkeypatch, seen, fastest, looks):
+    monkeypatch.setattr(timing, "STEADY", 5)
+    taken: list[float] = []
+
+    def look() -> float:
+        taken.append(seen[len(taken)])
+        return taken[-1]
+
+    assert steadied(look, float) == pytest.approx(fastest)
+    assert len(taken) == looks
 
 
 def test_functions_are_called_in_turns_and_cold_calls_do_not_count():

@@ -23,6 +23,8 @@ FIRST, JUDGED = 128, 8
 """Architectures of all sizes that predictions are fitted to before a search, and those that judge them."""
 CALLS = 32
 """Calls of which a measured cost is the mean, where calls differ."""
+LOOKS = 3
+"""Times that what is reported is measured, an odd number: the middle one counts."""
 REMEMBERED = 2**16
 """Architectures whose exact cost is remembered."""
 
@@ -134,6 +136,10 @@ class DrawnModel:
             apart = 2 * float(means.std()) / len(means) ** 0.5 if len(means) > 1 else 0.0
             found.append(Measured(value, value - apart, value + apart))
         return found
+
+    def report(self, kept: Tensor) -> Measured:
+        """The mean cost of an architecture, `(1, G)`, the middle one of several."""
+        return Measured.middle([self.measure(kept)[0] for _ in range(LOOKS)])
 
     def refit(self, kept: Tensor) -> None:
         """Measures `(n, G)` architectures, which connect input and output; judges predictions by them, and learns."""

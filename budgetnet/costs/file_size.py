@@ -107,6 +107,10 @@ class FileSize:
         sizes = [float(self._file(row, own).ByteSize()) for row, own in zip(kept[:, None], plain, strict=True)]
         return [Measured(size, size, size) for size in sizes]
 
+    def report(self, kept: Tensor) -> Measured:
+        """The bytes of the file of an architecture, `(1, G)`."""
+        return self.measure(kept)[0]
+
     def trained(self, kept: Tensor) -> int:
         """The bytes of the file of an architecture, `(1, G)`, with all its biases: one of zeros a file leaves out."""
         plain, generator = fold_batch_norm(extract(self.network, kept)).cpu(), torch.Generator().manual_seed(0)

@@ -15,12 +15,12 @@ from torch import Tensor
 from budgetnet.assembly import Assembler, Runtime
 from budgetnet.costs.additive import ChannelCost, EdgeCost, MACs
 from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, openings
-from budgetnet.costs.measured import LOOKS, Measured
+from budgetnet.costs.measured import Measured
 from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.supernet import SuperNetwork
-from budgetnet.timing import Timing, enough, quantile_share
+from budgetnet.timing import Timing, enough, quantile_share, steadied
 
 ALONE_CALLS, WHOLE_CALLS, CALLS = 24, 64, 200
 """Timed calls of a module by itself, of a whole network that predictions learn from, and of one for what it takes."""
@@ -108,11 +108,13 @@ class Latency:
             ConfigError: it does not connect input and output.
         """
         assembler, share, builds = self.assembler(network), quantile_share(self.quantile), builds_of(self.runtime)
-        looks = []
-        for _ in range(LOOKS):
+
+        def look() -> Measured:
             timings = assembler.times([assembler.whole(kept) for _ in range(builds)], calls_of(share, builds), SECONDS)
-            looks.append(Measured.middle([seen_at(timing, share) for timing in timings]))
-        return Measured.middle(looks)
+            return Measured.middle([seen_at(timing, share) for timing in timings])
+
+        looks = steadied(look, lambda found: found.value)
+        return looks[0].among(looks)
 
     def bind(self, network: SuperNetwork) -> LatencyModel:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
@@ -192,6 +194,11 @@ class LatencyModel:
         found, _ = self._measured(each, calls_of(self.share, builds, calls), SECONDS, AGAIN)
         return [Measured.middle(found[place : place + builds]) for place in range(0, len(found), builds)]
 
+    def report(self, kept: Tensor) -> Measured:
+        """What the extracted network of an architecture, `(1, G)`, takes where nothing else slows the machine down."""
+        looks = [found for found, _ in self._steadied(kept)]
+        return looks[0].among(looks)
+
     def refit(self, kept: Tensor, *, judge: bool = True) -> None:
         """Measures the networks of `(n, G)` architectures and fits the weights to all measured so far.
 
@@ -238,10 +245,22 @@ class LatencyModel:
 
     def _measure_full(self) -> None:
         """Has the full network, which percents are of, measured as all that is compared with it."""
-        seen = self.measure(self.network.architecture("full"))[0].value / self.speeds[-1]
+        found, speed = self._steadied(self.network.architecture("full"))[0]
+        seen = found.value / speed
         place = self.table.networks.index(self.known[0])
         self.table.networks[place] = replace(self.known[0], seen=seen)
         self.save()
+
+    def _steadied(self, kept: Tensor) -> list[tuple[Measured, float]]:
+        """The fastest looks at the network of an architecture, `(1, G)`, and how slow the machine was meanwhile."""
+        builds = builds_of(self.cost.runtime)
+        each = kept.repeat_interleave(builds, dim=0)
+
+        def look() -> tuple[Measured, float]:
+            found, speed = self._measured(each, calls_of(self.share, builds), SECONDS)
+            return Measured.middle(found), speed
+
+        return steadied(look, lambda seen: seen[0].value)
 
     def _measured(self, kept: Tensor, calls: int, seconds: float = 0.0, again: int = 1) -> tuple[list[Measured], float]:
         """What networks take, and how slow the machine was meanwhile: the fastest of so many times, if it was slow.
@@ -262,7 +281,8 @@ class LatencyModel:
     def _read(self) -> None:
         """Takes up the table's file where there is one, and looks how fast the machine is now."""
         setting = Setting.here(self.cost.runtime, self.cost.threads, self.cost.batch, self.cost.device)
-        yard, path = self.assembler.times([self.assembler.yardstick()], CALLS, SECONDS)[0], Path(self.cost.table)
+        path, yardstick = Path(self.cost.table), [self.assembler.yardstick()]
+        yard = steadied(lambda: self.assembler.times(yardstick, CALLS, SECONDS)[0], lambda one: one.quantile(0.5))[0]
         known = self.cost.table and path.is_file()
         self.table = Timetable.load(path, setting) if known else Timetable(setting, yard.quantile(0.5))
         self.speeds: list[float] = []

@@ -8,9 +8,6 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-LOOKS = 3
-"""Times that what is reported is measured, an odd number: the middle one counts."""
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -28,12 +25,15 @@ class Measured:
     p10: float | None = None
     p90: float | None = None
 
-    @classmethod
-    def middle(cls, found: Sequence[Measured]) -> Measured:
+    @staticmethod
+    def middle(found: Sequence[Measured]) -> Measured:
         """The middle one of several, an odd number; what the others say is expected again as well."""
+        return sorted(found, key=lambda each: each.value)[len(found) // 2].among(found)
+
+    def among(self, found: Sequence[Measured]) -> Measured:
+        """The same, but what others say is expected again as well."""
         values = [each.value for each in found]
-        one = sorted(found, key=lambda each: each.value)[len(found) // 2]
-        return replace(one, low=min(one.low, *values), high=max(one.high, *values))
+        return replace(self, low=min(self.low, *values), high=max(self.high, *values))
 
     def told(self) -> dict[str, float]:
         """`{"low", "high"}`, and `{"p10", "p90"}` of a time, as in result.json."""
@@ -57,6 +57,9 @@ class MeasuredModel(Protocol):
 
     def measure(self, kept: Tensor) -> list[Measured]:
         """What the extracted networks of `(n, G)` architectures cost, measured side by side."""
+
+    def report(self, kept: Tensor) -> Measured:
+        """What the extracted network of an architecture, `(1, G)`, is said to cost: measured with more care."""
 
 
 @runtime_checkable
