@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, get_args
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budgetnet.assembly import Assembler, Runtime
+from budgetnet.assembly import Assembler, Run, Runtime
 from budgetnet.costs.additive import ChannelCost, EdgeCost, MACs
 from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, openings
 from budgetnet.costs.measured import Measured
@@ -108,9 +109,10 @@ class Latency:
             ConfigError: it does not connect input and output.
         """
         assembler, share, builds = self.assembler(network), quantile_share(self.quantile), builds_of(self.runtime)
+        ways = [assembler.whole(kept) for _ in range(builds)]
 
         def look() -> Measured:
-            timings = assembler.times([assembler.whole(kept) for _ in range(builds)], calls_of(share, builds), SECONDS)
+            timings = assembler.times(ways, calls_of(share, builds), SECONDS)
             return Measured.middle([seen_at(timing, share) for timing in timings])
 
         looks = steadied(look, lambda found: found.value)
@@ -254,24 +256,32 @@ class LatencyModel:
     def _steadied(self, kept: Tensor) -> list[tuple[Measured, float]]:
         """The fastest looks at the network of an architecture, `(1, G)`, and how slow the machine was meanwhile."""
         builds = builds_of(self.cost.runtime)
-        each = kept.repeat_interleave(builds, dim=0)
+        ways = self._ways(kept.repeat_interleave(builds, dim=0))
 
         def look() -> tuple[Measured, float]:
-            found, speed = self._measured(each, calls_of(self.share, builds), SECONDS)
+            found, speed = self._seen(self.assembler.times(ways, calls_of(self.share, builds), SECONDS))
             return Measured.middle(found), speed
 
         return steadied(look, lambda seen: seen[0].value)
 
     def _measured(self, kept: Tensor, calls: int, seconds: float = 0.0, again: int = 1) -> tuple[list[Measured], float]:
-        """What networks take, and how slow the machine was meanwhile: the fastest of so many times, if it was slow.
-
-        Between which milliseconds they are expected again takes in how fast the machine mostly was, and its waver.
-        """
-        ways = [*(self.assembler.whole(row[None]) for row in kept), self.assembler.yardstick()]
+        """What networks take, and how slow the machine was meanwhile: the fastest of so many times, if it was slow."""
+        ways = self._ways(kept)
         looks: list[list[Timing]] = []
         while len(looks) < again and (not looks or self._slowness(looks[-1][-1]) > (1 + WAVER) * self.speed):
             looks.append(self.assembler.times(ways, calls, seconds))
-        *timings, yard = min(looks, key=lambda look: self._slowness(look[-1]))
+        return self._seen(min(looks, key=lambda look: self._slowness(look[-1])))
+
+    def _ways(self, kept: Tensor) -> list[Run]:
+        """The networks of `(n, G)` architectures, and the yardstick."""
+        return [*(self.assembler.whole(row[None]) for row in kept), self.assembler.yardstick()]
+
+    def _seen(self, look: Sequence[Timing]) -> tuple[list[Measured], float]:
+        """What networks take, and how slow the machine was meanwhile, by their times and the yardstick's.
+
+        Between which milliseconds they are expected again takes in how fast the machine mostly was, and its waver.
+        """
+        *timings, yard = look
         speed = self._look_at(yard, float(np.mean([timing.disturbed for timing in timings])))
         fast, slow = np.clip(np.quantile(self.speeds, (0.1, 0.9)) / self.speed, 1 - WAVER, 1 + WAVER).tolist()
         fast, slow = fast * min(1.0, self.speed / speed), slow * max(1.0, self.speed / speed)
