@@ -385,6 +385,10 @@ def test_what_is_said_of_a_network_is_what_it_takes_while_the_machine_is_not_slo
     slow[:] = [1.0, 1.2, 1.0, 1.3, 1.5]
     assert cost.measured(space, kept).value == pytest.approx(value)
     assert len(slow) == 1
+    assert "restless" not in model.notes
+    slow[:] = [1.1**n for n in range(20)]
+    assert model.report(kept).value == pytest.approx(value)
+    assert model.notes["restless"] == "the machine did not come to rest: its fastest looks lie 46 % apart"
 
 
 @pytest.mark.parametrize(("quantile", "calls"), [("median", 67), ("p95", 80), ("p99", 400), ("p1", 400)])

@@ -21,7 +21,7 @@ from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.supernet import SuperNetwork
-from budgetnet.timing import Timing, enough, quantile_share, steadied
+from budgetnet.timing import AGREE, Timing, enough, quantile_share, steadied
 
 ALONE_CALLS, WHOLE_CALLS, CALLS = 24, 64, 200
 """Timed calls of a module by itself, of a whole network that predictions learn from, and of one for what it takes."""
@@ -262,7 +262,13 @@ class LatencyModel:
             found, speed = self._seen(self.assembler.times(ways, calls_of(self.share, builds), SECONDS))
             return Measured.middle(found), speed
 
-        return steadied(look, lambda seen: seen[0].value)
+        looks = steadied(look, lambda seen: seen[0].value)
+        apart = looks[-1][0].value / looks[0][0].value - 1
+        if apart > AGREE:
+            self.notes["restless"] = (
+                f"the machine did not come to rest: its fastest looks lie {100 * apart:.0f} % apart"
+            )
+        return looks
 
     def _measured(self, kept: Tensor, calls: int, seconds: float = 0.0, again: int = 1) -> tuple[list[Measured], float]:
         """What networks take, and how slow the machine was meanwhile: the fastest of so many times, if it was slow."""
