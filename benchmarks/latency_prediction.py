@@ -67,7 +67,7 @@ def row(name: str, runtime: str, arguments: argparse.Namespace) -> str:
     model = Latency(runtime=runtime, batch=arguments.batch).bind(space)
     kept = widely(space, arguments.networks + 1, torch.Generator().manual_seed(1))[1:]
     used = space.used(kept)
-    found = model.measure(kept, calls=96)
+    found = model.watch.measure(kept, calls=96)
     seen = np.array([one.value for one in found])
     predicted, macs = (bound(used).detach().numpy() for bound in (model, MACs().bind(space)))
     scaled = macs * np.dot(macs, seen) / np.dot(macs, macs)

@@ -17,8 +17,8 @@ from budgetnet.budgets import Cost, CostModel, parse_cost
 from budgetnet.costs import Function, Latency
 from budgetnet.costs.additive import EdgeCost
 from budgetnet.costs.file_size import FileSize
-from budgetnet.costs.latency import SECONDS
 from budgetnet.costs.measured import Measured
+from budgetnet.costs.stopwatch import SECONDS
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import file_latency, load, load_program
 from budgetnet.extraction import state_bytes

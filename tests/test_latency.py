@@ -294,7 +294,7 @@ def test_a_machine_that_wavers_widens_what_is_expected_again(monkeypatch):
         assert one.low == pytest.approx(1.0 / 2.0 * one.value)
     for speed in [0.5, 2.0] * 20:
         at(speed)
-    middle = model.speed
+    middle = model.watch.speed
     for one in at(middle):
         assert (one.low, one.high) == pytest.approx((0.95 * one.value, 1.05 * one.value))  # no more than that
 
@@ -404,7 +404,7 @@ def test_a_quantile_far_out_takes_more_calls(quantile: str, calls: int, monkeypa
     model.measure(kept)
     Latency(quantile=quantile).measured(space, kept[:1])
     assert asked == [calls] * 2
-    assert quantile != "p99" or model.share**calls < 0.02
+    assert quantile != "p99" or model.watch.share**calls < 0.02
 
 
 @pytest.mark.parametrize(
@@ -688,7 +688,7 @@ def test_real_times_of_real_networks_rise_with_what_is_kept(runtime: str):
 
 
 def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("budgetnet.costs.latency.SECONDS", 0.1)  # what is asserted holds however noisy they are
+    monkeypatch.setattr("budgetnet.costs.stopwatch.SECONDS", 0.1)  # what is asserted holds however noisy they are
     space = bn.spaces.resnet_fabric(width=2, channels=8, image_size=8, in_channels=1)
     data = bn.data.load("digits").subset(256, seed=0)
     options = bn.SearchOptions(epochs=6, candidates=4, recalibration=2)

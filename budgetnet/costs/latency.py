@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, get_args
@@ -13,35 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from budgetnet.assembly import Assembler, Run, Runtime
+from budgetnet.assembly import Assembler, Runtime
 from budgetnet.costs.additive import ChannelCost, EdgeCost, MACs
 from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, openings
 from budgetnet.costs.measured import Measured
+from budgetnet.costs.stopwatch import Stopwatch
 from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.supernet import SuperNetwork
-from budgetnet.timing import AGREE, Timing, enough, quantile_share, steadied
+from budgetnet.timing import quantile_share
 
-ALONE_CALLS, WHOLE_CALLS, CALLS = 24, 64, 200
-"""Timed calls of a module by itself, of a whole network that predictions learn from, and of one for what it takes."""
+ALONE_CALLS = 24
+"""Timed calls of a module by itself."""
 NETWORKS = {"compiled": 6}
 """Whole networks that are measured before a search: so few where each takes long to build, else 48."""
 EACH_EPOCH = {"compiled": 0}
 """Whole networks that are measured after an epoch of a search, else 4."""
-SECONDS = 1.0
-"""Seconds that a network is measured for at least: within less, others on the machine may slow down all calls."""
-BUILDS = {"compiled": 1}
-"""Times that a network is built to be measured for what it takes: one that takes long is built once, others 3 times.
-
-Where its weights come to lie in memory makes the same network up to a sixth slower or faster.
-"""
-SLOWER, NOISY = 1.1, 0.25
-"""A machine is slower when the yardstick takes so many times as long; noisy when so many calls are interrupted."""
-WAVER = 0.05
-"""At most so much is added to what was measured, as a share, for a machine that changes its speed."""
-AGAIN = 5
-"""Times that networks are measured at most where the machine is slower meanwhile, by more than that."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +95,7 @@ class Latency:
         Raises:
             ConfigError: it does not connect input and output.
         """
-        assembler, share, builds = self.assembler(network), quantile_share(self.quantile), builds_of(self.runtime)
-        ways = [assembler.whole(kept) for _ in range(builds)]
-
-        def look() -> Measured:
-            timings = assembler.times(ways, calls_of(share, builds), SECONDS)
-            return Measured.middle([seen_at(timing, share) for timing in timings])
-
-        looks = steadied(look, lambda found: found.value)
-        return looks[0].among(looks)
+        return Stopwatch(self.assembler(network), self.quantile).report(kept)[0]
 
     def bind(self, network: SuperNetwork) -> LatencyModel:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
@@ -141,19 +120,18 @@ class LatencyModel:
         cost: how latency is measured.
 
     Attributes:
+        watch: measures whole networks.
         error: median relative error of predictions for networks that they were not fitted to.
-        notes: what was noticed about the machine.
     """
 
     unit = "ms"
 
     def __init__(self, network: SuperNetwork, cost: Latency) -> None:
-        self.network, self.cost, self.notes = network, cost, dict[str, str]()
-        self.share, self.each_epoch = quantile_share(cost.quantile), EACH_EPOCH.get(cost.runtime, 4)
-        self.assembler = cost.assembler(network)
+        self.network, self.cost, self.each_epoch = network, cost, EACH_EPOCH.get(cost.runtime, 4)
+        self.watch = Stopwatch(cost.assembler(network), cost.quantile)
         # modules by themselves are not compiled: that takes seconds each
         eager = cost.runtime == "compiled"
-        self.modules = replace(cost, runtime="torch").assembler(network) if eager else self.assembler
+        self.modules = replace(cost, runtime="torch").assembler(network) if eager else self.watch.assembler
         channels = MACs().bind(network).channels
         self.sites = {edge: inside for edge, inside in channels.items() if isinstance(inside, ChannelCost)}
         self.space = self._space()
@@ -185,21 +163,18 @@ class LatencyModel:
         starts = [start for start, _ in self.network.graph.edges]
         return [own + self.base * (start == source) for own, start in zip(self.times.along_path, starts, strict=True)]
 
-    def measure(self, kept: Tensor, *, calls: int = CALLS) -> list[Measured]:
-        """What the extracted networks of `(n, G)` architectures take, in turns on this machine.
+    @property
+    def notes(self) -> dict[str, str]:
+        """What was noticed about the machine, by kind."""
+        return self.watch.notes
 
-        Each is built several times, and takes what the middle one does; the others widen what is expected again. While
-        the machine is slower than it mostly was they are measured again, and it counts when it was fastest.
-        """
-        builds = builds_of(self.cost.runtime)
-        each = kept.repeat_interleave(builds, dim=0)
-        found, _ = self._measured(each, calls_of(self.share, builds, calls), SECONDS, AGAIN)
-        return [Measured.middle(found[place : place + builds]) for place in range(0, len(found), builds)]
+    def measure(self, kept: Tensor) -> list[Measured]:
+        """What the extracted networks of `(n, G)` architectures take, in turns on this machine."""
+        return self.watch.measure(kept)
 
     def report(self, kept: Tensor) -> Measured:
         """What the extracted network of an architecture, `(1, G)`, takes where nothing else slows the machine down."""
-        looks = [found for found, _ in self._steadied(kept)]
-        return looks[0].among(looks)
+        return self.watch.report(kept)[0]
 
     def refit(self, kept: Tensor, *, judge: bool = True) -> None:
         """Measures the networks of `(n, G)` architectures and fits the weights to all measured so far.
@@ -209,7 +184,7 @@ class LatencyModel:
             judge: take the prediction's error from these, before it knows them.
         """
         used = self.network.used(kept)
-        found, speed = self._measured(kept, enough(self.share, WHOLE_CALLS))
+        found, speed = self.watch.briefly(kept)
         seen = [one.value / speed for one in found]
         before = [time / self.fitted_at for time in self(used).tolist()] if judge else []
         parts = torch.stack([part(used) for part in self.parts.values()], dim=1).tolist()
@@ -247,82 +222,20 @@ class LatencyModel:
 
     def _measure_full(self) -> None:
         """Has the full network, which percents are of, measured as all that is compared with it."""
-        found, speed = self._steadied(self.network.architecture("full"))[0]
+        found, speed = self.watch.report(self.network.architecture("full"))
         seen = found.value / speed
         place = self.table.networks.index(self.known[0])
         self.table.networks[place] = replace(self.known[0], seen=seen)
         self.save()
 
-    def _steadied(self, kept: Tensor) -> list[tuple[Measured, float]]:
-        """The fastest looks at the network of an architecture, `(1, G)`, and how slow the machine was meanwhile."""
-        builds = builds_of(self.cost.runtime)
-        ways = self._ways(kept.repeat_interleave(builds, dim=0))
-
-        def look() -> tuple[Measured, float]:
-            found, speed = self._seen(self.assembler.times(ways, calls_of(self.share, builds), SECONDS))
-            return Measured.middle(found), speed
-
-        looks = steadied(look, lambda seen: seen[0].value)
-        apart = looks[-1][0].value / looks[0][0].value - 1
-        if apart > AGREE:
-            self.notes["restless"] = (
-                f"the machine did not come to rest: its fastest looks lie {100 * apart:.0f} % apart"
-            )
-        return looks
-
-    def _measured(self, kept: Tensor, calls: int, seconds: float = 0.0, again: int = 1) -> tuple[list[Measured], float]:
-        """What networks take, and how slow the machine was meanwhile: the fastest of so many times, if it was slow."""
-        ways = self._ways(kept)
-        looks: list[list[Timing]] = []
-        while len(looks) < again and (not looks or self._slowness(looks[-1][-1]) > (1 + WAVER) * self.speed):
-            looks.append(self.assembler.times(ways, calls, seconds))
-        return self._seen(min(looks, key=lambda look: self._slowness(look[-1])))
-
-    def _ways(self, kept: Tensor) -> list[Run]:
-        """The networks of `(n, G)` architectures, and the yardstick."""
-        return [*(self.assembler.whole(row[None]) for row in kept), self.assembler.yardstick()]
-
-    def _seen(self, look: Sequence[Timing]) -> tuple[list[Measured], float]:
-        """What networks take, and how slow the machine was meanwhile, by their times and the yardstick's.
-
-        Between which milliseconds they are expected again takes in how fast the machine mostly was, and its waver.
-        """
-        *timings, yard = look
-        speed = self._look_at(yard, float(np.mean([timing.disturbed for timing in timings])))
-        fast, slow = np.clip(np.quantile(self.speeds, (0.1, 0.9)) / self.speed, 1 - WAVER, 1 + WAVER).tolist()
-        fast, slow = fast * min(1.0, self.speed / speed), slow * max(1.0, self.speed / speed)
-        found = [seen_at(timing, self.share) for timing in timings]
-        return [replace(one, low=one.low * fast, high=one.high * slow) for one in found], speed
-
     def _read(self) -> None:
         """Takes up the table's file where there is one, and looks how fast the machine is now."""
         setting = Setting.here(self.cost.runtime, self.cost.threads, self.cost.batch, self.cost.device)
-        path, yardstick = Path(self.cost.table), [self.assembler.yardstick()]
-        yard = steadied(lambda: self.assembler.times(yardstick, CALLS, SECONDS)[0], lambda one: one.quantile(0.5))[0]
+        yard, path = self.watch.yard(), Path(self.cost.table)
         known = self.cost.table and path.is_file()
         self.table = Timetable.load(path, setting) if known else Timetable(setting, yard.quantile(0.5))
-        self.speeds: list[float] = []
-        self._look_at(yard, yard.disturbed)
-
-    @property
-    def speed(self) -> float:
-        """Time here over that of the table, as it mostly was since the network was bound."""
-        return float(np.median(self.speeds))
-
-    def _slowness(self, yard: Timing) -> float:
-        """Time of the yardstick over that of the table."""
-        return yard.quantile(0.5) / self.table.yardstick
-
-    def _look_at(self, yard: Timing, disturbed: float) -> float:
-        """Notes the state of the machine; how slow it is now."""
-        ratio = self._slowness(yard)
-        self.speeds.append(ratio)
-        if ratio > SLOWER:
-            self.notes["slower"] = f"the machine was {ratio:.2f} times as slow as when the modules were timed"
-        if disturbed > min(NOISY, 1 - self.share):  # as many as a quantile leaves out may have been the slow ones
-            told = f"other jobs interrupted {100 * disturbed:.0f} % of the calls, which are left out"
-            self.notes["noisy"] = f"the machine is noisy: {told}"
-        return ratio
+        self.watch.usual = self.table.yardstick
+        self.watch.note(yard, yard.disturbed)
 
     def _edge_kind(self, edge: int) -> str:
         """What the table calls an edge: a module, and between which of its layers channels can be closed."""
@@ -354,7 +267,7 @@ class LatencyModel:
             *timings, nothing = modules.times([*ways.values(), modules.nothing()], ALONE_CALLS)
             for (kind, key), timing in zip(ways, timings, strict=True):
                 spent = max(timing.quantile(0.5) - nothing.quantile(0.5), 1e-6)
-                self.table.times.setdefault(kind, {})[key] = spent / self.speed
+                self.table.times.setdefault(kind, {})[key] = spent / self.watch.speed
 
     def _parts(self) -> dict[str, EdgeCost]:
         """The table's milliseconds of what is used, for each kind."""
@@ -386,7 +299,7 @@ class LatencyModel:
 
     def _fit(self) -> None:
         """Weighs the kinds by the whole networks that were measured."""
-        names, self.fitted_at = list(self.parts), self.speed
+        names, self.fitted_at = list(self.parts), self.watch.speed
         parts = np.array([[whole.parts[name] for name in names] for whole in self.known])
         weights, self.error = fitted(parts, np.array([whole.seen for whole in self.known]))
         weights = weights * self.fitted_at
@@ -405,21 +318,6 @@ class LatencyModel:
         self.times = EdgeCost(
             self.network.graph, total("per_edge"), total("per_addition"), total("per_node"), "ms", channels
         )
-
-
-def builds_of(runtime: str) -> int:
-    """How often a network is built to be measured: an odd number."""
-    return BUILDS.get(runtime, 3)
-
-
-def calls_of(share: float, builds: int, calls: int = CALLS) -> int:
-    """Timed calls of each build of a network: so many in all, or what a quantile needs."""
-    return enough(share, -(-calls // builds))
-
-
-def seen_at(timing: Timing, share: float) -> Measured:
-    """A quantile of the calls of one network, and its confidence."""
-    return Measured(timing.quantile(share), *timing.interval(share), timing.quantile(0.1), timing.quantile(0.9))
 
 
 def addition_kind(network: SuperNetwork, node: int) -> str:
