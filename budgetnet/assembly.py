@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx
@@ -33,12 +33,15 @@ YARD = (16, 32, 32)
 BASE = frozenset(vars(nn.Module()))
 """What every module has."""
 
+HELD = 2**26
+"""Bytes of pieces that a process keeps at most."""
+
 
 class Assembler:
     """Builds what is timed: a module of a network by itself, or the whole network of an architecture.
 
-    Batch norms are folded. For onnxruntime each kind of module goes through torch's exporter once; what is
-    left of it when channels are closed is the same graph with smaller weights.
+    Batch norms are folded. For onnxruntime each kind of module goes through torch's exporter once, those of torch's own
+    layers once in a process; what is left of it when channels are closed is the same graph with smaller weights.
 
     Args:
         network: the space; looked at as it is now.
@@ -47,6 +50,9 @@ class Assembler:
         batch: examples in the input.
         device: where torch runs.
     """
+
+    written: ClassVar[dict[str, Piece]] = {}
+    """Pieces of torch's own layers, by kind."""
 
     def __init__(self, network: SuperNetwork, *, runtime: Runtime, threads: int, batch: int, device: str) -> None:
         self.network, self.runtime, self.threads, self.batch = network, runtime, threads, batch
@@ -154,7 +160,7 @@ class Assembler:
         values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *shape[1:]])]
         values.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
         graph = helper.make_graph(scope.nodes, "assembled", values[:1], values[1:], scope.weights)
-        return helper.make_model(graph, opset_imports=self.opset, ir_version=self.ir)
+        return next(iter(self.pieces.values())).model(graph)
 
     def _whole(self, scope: Scope, value: str, kept: Tensor) -> str:
         """Writes the network that `extract` gives: the same modules, gathers, scatters and sums."""
@@ -202,23 +208,27 @@ class Assembler:
 
     def _export(self) -> None:
         """Has each kind of module written once, with random weights: an exporter leaves out a bias of zeros."""
-        parts: dict[str, int] = {}
-        modules = Pieces(free=True)
-        network = self.network
+        parts, own = dict[str, int](), dict[str, bool]()  # numbers of kinds to export, and whether they are torch's
+        modules, network = Pieces(free=True), self.network
         found = [(self.folded[edge], network.shapes[network.graph.edges[edge][0]]) for edge in self.edges]
         found += [(network.activations[node], network.shapes[node]) for node in self.nodes]
         found.append((YARDSTICK, YARD))
         for module, shape in found:
             kind = self.kind(module, shape)
-            if kind not in parts:
+            if kind in self.written:
+                self.pieces[kind] = self.written[kind]
+            elif kind not in parts:
+                own[kind] = all(type(part).__module__.startswith("torch.nn.") for part in module.modules())
                 module = copy.deepcopy(module).cpu().eval()
                 for value in module.parameters():
                     nn.init.normal_(value.data, std=0.1)
                 parts[kind] = modules.add(module, shape)
-        done, model = modules.exported()
-        self.opset = [opset for opset in model.opset_import if opset.domain == ""]
-        self.ir = model.ir_version
-        self.pieces = {kind: done[place] for kind, place in parts.items()}
+        done = modules.exported() if parts else []
+        self.pieces |= {kind: done[place] for kind, place in parts.items()}
+        kept = sum(piece.size for piece in self.written.values())
+        for kind, place in parts.items():
+            if own[kind] and (kept := kept + done[place].size) <= HELD:
+                self.written[kind] = done[place]
 
 
 class Doubled(nn.Module):

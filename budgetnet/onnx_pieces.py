@@ -18,12 +18,32 @@ from budgetnet.export import quiet
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of an exported graph: the nodes between its inputs and its output, and their weights."""
+    """Part of an exported graph.
+
+    Attributes:
+        inputs, output: names of what it takes and gives.
+        nodes: between these.
+        weights: of the nodes.
+        opset: of the nodes.
+        ir: version of the format that they are written in.
+    """
 
     inputs: tuple[str, ...]
     output: str
     nodes: list[onnx.NodeProto]
     weights: list[onnx.TensorProto]
+    opset: int
+    ir: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of its weights."""
+        return sum(len(weight.raw_data) for weight in self.weights)
+
+    def model(self, graph: onnx.GraphProto) -> onnx.ModelProto:
+        """A model of a graph that such pieces are in."""
+        opset = [helper.make_opsetid("", self.opset)]
+        return helper.make_model(graph, opset_imports=opset, producer_name="budgetnet", ir_version=self.ir)
 
 
 class Scope:
@@ -126,8 +146,8 @@ class Pieces(nn.Module):
         given = iter(values)
         return tuple(part(*[next(given) for _ in shapes]) for part, shapes in zip(self.parts, self.shapes, strict=True))
 
-    def exported(self) -> tuple[list[Piece], onnx.ModelProto]:
-        """Each part as a piece of a graph, and the model that they come from.
+    def exported(self) -> list[Piece]:
+        """Each part as a piece of a graph.
 
         Raises:
             ConfigError: the exporter cannot write a part.
@@ -147,11 +167,12 @@ class Pieces(nn.Module):
         model = done.model_proto
         given = iter(names)
         taken = [tuple(next(given) for _ in shapes) for shapes in self.shapes]
-        return [cut_out(model.graph, own, end) for own, end in zip(taken, ends, strict=True)], model
+        return [cut_out(model, own, end) for own, end in zip(taken, ends, strict=True)]
 
 
-def cut_out(graph: onnx.GraphProto, inputs: tuple[str, ...], output: str) -> Piece:
+def cut_out(model: onnx.ModelProto, inputs: tuple[str, ...], output: str) -> Piece:
     """The nodes that lead from some inputs to an output."""
+    graph, opset = model.graph, next(each.version for each in model.opset_import if each.domain == "")
     weights = {weight.name: weight for weight in graph.initializer}
     needed, nodes, held = {output}, [], []
     for node in reversed(graph.node):
@@ -164,4 +185,4 @@ def cut_out(graph: onnx.GraphProto, inputs: tuple[str, ...], output: str) -> Pie
             nodes.append(node)
             needed.update(node.input)
     held = [weight for name, weight in weights.items() if name in needed]
-    return Piece(inputs, output, nodes[::-1], held)
+    return Piece(inputs, output, nodes[::-1], held, opset, model.ir_version)

@@ -26,6 +26,7 @@ from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
 from budgetnet.export import export, onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
+from budgetnet.onnx_pieces import Piece, Pieces
 from budgetnet.selection import measured_to_fit
 from budgetnet.timing import Timing
 
@@ -69,6 +70,40 @@ def test_what_is_timed_is_the_graph_of_the_exported_file(name: str, tmp_path: Pa
     count = [Counter(node.op_type for node in model.graph.node) for model in (assembler.onnx_model(kept), file)]
     assert count[0] == count[1]
     assert count[1]["Conv"] > 3
+
+
+def test_layers_of_torch_are_exported_once_in_a_process_and_others_each_time(monkeypatch):
+    """Another class of the same name may compute something else."""
+    exported, before = [], Pieces.exported
+
+    def counted(self: Pieces) -> list[Piece]:
+        exported.append(len(self.parts))
+        return before(self)
+
+    monkeypatch.setattr(Pieces, "exported", counted)
+    monkeypatch.setattr(Assembler, "written", {})
+    x = torch.randn(1, 3, 4, 4)
+    for factor in (2.0, 3.0):
+
+        class Times(nn.Module):
+            by = factor  # of the class: its printed form tells nothing of it
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x * self.by
+
+        parts = [("x", "a", nn.Conv2d(3, 3, 1)), ("a", "b", Times()), ("b", "y", nn.Conv2d(3, 3, 3, padding=1))]
+        edges = [bn.Edge(start=start, end=end, module=module) for start, end, module in parts]
+        space = bn.SuperNetwork(edges, input_shape=(3, 4, 4)).eval()
+        kept = space.architecture("full")
+        model = Assembler(space, runtime="onnxruntime", threads=1, batch=1, device="cpu").onnx_model(kept)
+        (found,) = onnx_session(model.SerializeToString(), 1).run(None, {"x": x.numpy()})
+        assert torch.allclose(torch.from_numpy(found), extract(space, kept)(x), atol=1e-5)
+    assert exported == [4, 1]  # with the yardstick
+    assert len(Assembler.written) == 3
+    monkeypatch.setattr("budgetnet.assembly.HELD", 0)
+    monkeypatch.setattr(Assembler, "written", {})
+    Assembler(space, runtime="onnxruntime", threads=1, batch=1, device="cpu")
+    assert not Assembler.written
 
 
 class Clock:

@@ -115,7 +115,7 @@ def written(network: ConditionalNetwork, branches: int, wide: int) -> onnx.Model
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
         scope.weights,
     )
-    model = helper.make_model(graph, opset_imports=writer.opset, producer_name="budgetnet", ir_version=writer.ir)
+    model = next(iter(writer.pieces.values())).model(graph)
     onnx.checker.check_model(model)
     return model
 
@@ -238,9 +238,7 @@ class Writer:
         for node in network.order[1:]:
             if type(network.activations[node]) is not nn.Identity:
                 places["activation", str(node), ()] = pieces.add(network.activations[node], shapes[node])
-        done, model = pieces.exported()
-        self.opset = [opset for opset in model.opset_import if opset.domain == ""]
-        self.ir = model.ir_version
+        done = pieces.exported()
         self.pieces = {key: done[place] for key, place in places.items()}
 
     def go_on(self, scope: Scope, place: int, exit: int, known: Mapping[int, Known]) -> str:
