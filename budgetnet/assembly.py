@@ -160,6 +160,10 @@ class Assembler:
         values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *shape[1:]])]
         values.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
         graph = helper.make_graph(scope.nodes, "assembled", values[:1], values[1:], scope.weights)
+        return self.model(graph)
+
+    def model(self, graph: onnx.GraphProto) -> onnx.ModelProto:
+        """A model of a graph in the version that the pieces are written in."""
         return next(iter(self.pieces.values())).model(graph)
 
     def _whole(self, scope: Scope, value: str, kept: Tensor) -> str:

@@ -278,7 +278,6 @@ def test_what_only_a_measurement_shows_is_beside_what_it_was_before(tmp_path):
         "cost": "latency",
         "unit": "ms",
         "limit": 2.0,
-        "at_most": True,
         "smallest": 0.1,
         "bound": True,
         "expected": 3.1,

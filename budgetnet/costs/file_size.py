@@ -73,7 +73,7 @@ class FileSize:
         self.network = network
         self.assembler = Assembler(network, runtime="onnxruntime", threads=1, batch=1, device="cpu")
         graph = helper.make_graph([], "", [self._value("x", network.input_shape)], [self._output()])
-        none = next(iter(self.assembler.pieces.values())).model(graph)
+        none = self.assembler.model(graph)
         self.base = float(compacted(none, ()).ByteSize())
         held = held_bytes(network)
         additions = torch.full_like(held.per_addition, field_bytes(*ADDITION))

@@ -37,7 +37,7 @@ class Stopwatch:
         quantile: of the calls: "median", or "p95" and the like.
 
     Attributes:
-        usual: milliseconds of the yardstick, a fixed network, that speeds are relative to.
+        usual: milliseconds of the yardstick, a fixed network, that speeds are relative to; 1 until they are known.
         speeds: time of the yardstick over the usual one, whenever it was looked at.
         notes: what was noticed about the machine, by kind.
     """
