@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.files import aside
-from budgetnet.timing import Timing, interleaved, steadied
+from budgetnet.timing import Timing, interleaved, rested
 
 FORMATS = ("onnx", "pt2")
 PT2_FILE = re.compile(
@@ -171,21 +171,34 @@ def difference(a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor], x: 
 
 
 @torch.no_grad()
-def latency(run: Callable[[Tensor], object], x: Tensor, *, calls: int = 200, seconds: float = 0.0) -> dict[str, float]:
-    """Milliseconds of `run(x)`: median, 10th and 90th percentile of the calls that no other job interrupted.
+def latency(
+    run: Callable[[Tensor], object], x: Tensor, *, calls: int = 200, seconds: float = 0.0, patience: float = 0.0
+) -> dict[str, float]:
+    """Milliseconds of `run(x)` on the machine at rest: median, 10th and 90th percentile, as `timing.rested` has it.
 
-    Where `seconds` are given it is looked at for as long again and again, as `steadied` has it.
+    Args:
+        run: the network.
+        x: what it takes.
+        calls: timed in a look.
+        seconds: that it is looked at for at least.
+        patience: seconds that it is looked at for at most while the machine is not at rest.
     """
 
-    def look() -> Timing:
-        return interleaved([lambda: run(x)], calls=calls, seconds=seconds)[0]
+    def look() -> list[Timing]:
+        return interleaved([lambda: run(x)], calls=calls, seconds=min(1.0, seconds))
 
-    timing = steadied(look, lambda timing: timing.quantile(0.5))[0] if seconds else look()
+    (timing,) = rested(look, calls=calls // 4, seconds=seconds, patience=patience)
     return {"median": timing.quantile(0.5), "p10": timing.quantile(0.1), "p90": timing.quantile(0.9)}
 
 
 def file_latency(
-    path: str | Path, x: Tensor, *, threads: int = 1, calls: int = 200, seconds: float = 0.0
+    path: str | Path,
+    x: Tensor,
+    *,
+    threads: int = 1,
+    calls: int = 200,
+    seconds: float = 0.0,
+    patience: float = 0.0,
 ) -> dict[str, float]:
     """`latency` of an exported file in its own runtime with so many threads, with nothing of ours around the call.
 
@@ -197,12 +210,12 @@ def file_latency(
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return latency(run, x, calls=calls, seconds=seconds)
+            return latency(run, x, calls=calls, seconds=seconds, patience=patience)
         finally:
             torch.set_num_threads(before)
     session = onnx_session(str(path), threads)
     feed = {session.get_inputs()[0].name: x.cpu().float().numpy()}
-    return latency(lambda x: session.run(None, feed), x, calls=calls, seconds=seconds)
+    return latency(lambda x: session.run(None, feed), x, calls=calls, seconds=seconds, patience=patience)
 
 
 @contextmanager

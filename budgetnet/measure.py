@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet.budgets import Cost, CostModel, parse_cost
-from budgetnet.costs import Function, Latency
+from budgetnet.costs import Function, Latency, stopwatch
 from budgetnet.costs.additive import EdgeCost
 from budgetnet.costs.file_size import FileSize
 from budgetnet.costs.measured import Measured
-from budgetnet.costs.stopwatch import SECONDS
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import file_latency, load, load_program
 from budgetnet.extraction import state_bytes
@@ -127,7 +126,7 @@ def measure_file(path: str | Path, costs: Sequence[str] = ()) -> dict[str, Any]:
     asked = list(costs) or [text for text in FILE_COSTS if text in counted or text == "latency"]
     measured: dict[str, dict[str, float]] = {}
     if "latency" in asked:
-        timing = file_latency(path, torch.zeros(1, *shape), threads=1, seconds=SECONDS)
+        timing = file_latency(path, torch.zeros(1, *shape), seconds=stopwatch.SECONDS, patience=stopwatch.PATIENCE)
         counted["latency"] = timing["median"]
         measured["latency"] = {name: timing[name] for name in ("p10", "p90")}
     return {

@@ -6,9 +6,8 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +23,8 @@ BURST = 10
 """Calls of one function in a row; the first `COLD` of them, which find another's data in the caches, do not count."""
 COLD = 2
 ENOUGH = 10
-STEADY, AGREE, LOOKS = 5, 0.01, 20
-"""The fastest looks at a machine that have to agree, by which share, and how many there are at most."""
-
-T = TypeVar("T")
+STEADY, AGREE = 5, 0.03
+"""The fastest bursts of a function that have to agree, and by which share."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +35,16 @@ class Timing:
         calls: milliseconds of each, in order, of those during which no other job took the processor away; of all
             where fewer than `ENOUGH` were spared.
         disturbed: share of the calls to which it happened.
+        bursts: number of the burst that each call was in; unless it is given so many follow each other as a burst has.
     """
 
     calls: np.ndarray
     disturbed: float
+    bursts: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+
+    def __post_init__(self) -> None:
+        if len(self.bursts) != len(self.calls):
+            object.__setattr__(self, "bursts", np.arange(len(self.calls)) // (BURST - COLD))
 
     def quantile(self, share: float) -> float:
         """Milliseconds that this share of the calls stays within."""
@@ -53,6 +56,39 @@ class Timing:
         around = 1.96 * math.sqrt(n * share * (1 - share))
         low, high = math.floor(n * share - around), math.ceil(n * share + around)
         return float(ordered[max(0, low)]), float(ordered[min(n - 1, high)])
+
+    @property
+    def unrest(self) -> float:
+        """By which share the slowest of the `STEADY` fastest bursts took longer than the fastest; 0 for one burst."""
+        medians, _ = self._medians()
+        ordered = np.sort(medians)
+        return float(ordered[min(STEADY, len(ordered)) - 1] / max(ordered[0], 1e-9) - 1)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the `STEADY` fastest bursts agree."""
+        return len(np.unique(self.bursts)) >= STEADY and self.unrest <= AGREE
+
+    def fastest(self, least: int) -> Timing:
+        """The calls of the fastest bursts: of `STEADY` of them, or of as many as have that many calls."""
+        medians, numbers = self._medians()
+        order = np.argsort(medians, kind="stable")
+        sizes = np.unique(self.bursts, return_counts=True)[1][order]
+        taken = numbers[order[: max(STEADY, int(np.searchsorted(np.cumsum(sizes), least)) + 1)]]
+        inside = np.isin(self.bursts, taken)
+        return Timing(self.calls[inside], self.disturbed, self.bursts[inside])
+
+    def joined(self, other: Timing) -> Timing:
+        """The calls of both, one after the other."""
+        a, b = len(self.calls), len(other.calls)
+        bursts = np.concatenate([self.bursts, other.bursts + self.bursts[-1] + 1])
+        disturbed = (a * self.disturbed + b * other.disturbed) / (a + b)
+        return Timing(np.concatenate([self.calls, other.calls]), disturbed, bursts)
+
+    def _medians(self) -> tuple[np.ndarray, np.ndarray]:
+        """Milliseconds of the middle call of each burst, and the bursts' numbers."""
+        numbers, starts = np.unique(self.bursts, return_index=True)
+        return np.array([np.median(calls) for calls in np.split(self.calls, starts[1:])]), numbers
 
 
 def interleaved(
@@ -89,24 +125,34 @@ def interleaved(
     return [_timing(np.array(taken), np.array(marks)) for taken, marks in zip(times, switched, strict=True)]
 
 
-def steadied(look: Callable[[], T], milliseconds: Callable[[T], float]) -> list[T]:
-    """Looks again until the machine shows its own speed: until the `STEADY` fastest looks agree.
+def rested(
+    look: Callable[[], Sequence[Timing]],
+    *,
+    calls: int,
+    seconds: float,
+    patience: float,
+    at_rest: Callable[[Sequence[Timing]], bool] = lambda _: True,
+) -> list[Timing]:
+    """Looks at functions again until the machine shows its own speed: until the fastest bursts of each agree.
 
-    What else runs on a machine slows down all calls of some seconds, and never speeds them up.
+    What else runs on a machine slows down all calls for tenths of seconds, or for minutes, and never speeds them up.
 
     Args:
-        look: measures, for a second or so.
-        milliseconds: of what a look gave.
+        look: times the functions, for a second or so.
+        calls: of each function that count at least, where so many there are.
+        seconds: at least so long it goes on.
+        patience: seconds after which it is as it is.
+        at_rest: says of what was seen whether the machine was at rest besides.
 
     Returns:
-        The `STEADY` fastest looks, the fastest first; as they are where they do not agree after `LOOKS` of them.
+        For each function the calls of its fastest bursts.
     """
-    looks: list[T] = []
-    while len(looks) < LOOKS:
-        looks = sorted([*looks, look()], key=milliseconds)
-        if len(looks) >= STEADY and milliseconds(looks[STEADY - 1]) <= (1 + AGREE) * milliseconds(looks[0]):
+    began, seen = time.perf_counter(), list(look())
+    while (spent := time.perf_counter() - began) < patience:
+        if spent >= seconds and all(one.settled for one in seen) and at_rest(seen):
             break
-    return looks[:STEADY]
+        seen = [before.joined(after) for before, after in zip(seen, look(), strict=True)]
+    return [one.fastest(calls) for one in seen]
 
 
 def quantile_share(name: str) -> float:
@@ -127,8 +173,9 @@ def enough(share: float, calls: int) -> int:
 
 
 def _timing(calls: np.ndarray, interrupted: np.ndarray) -> Timing:
-    alone = calls[~interrupted]
-    return Timing(alone if len(alone) >= ENOUGH else calls, float(interrupted.mean()))
+    counted = ~interrupted if np.sum(~interrupted) >= ENOUGH else np.ones(len(calls), bool)
+    bursts = np.arange(len(calls)) // (BURST - COLD)
+    return Timing(calls[counted], float(interrupted.mean()), bursts[counted])
 
 
 def _switches() -> int:

@@ -122,9 +122,9 @@ def test_latency_of_a_file_is_that_with_the_threads_that_were_asked_for(kind, tm
     file = export(nn.Conv2d(1, 2, 3), tmp_path / f"network.{kind}", torch.zeros(1, 1, 4, 4))
     seen, before = [], torch.get_num_threads()
 
-    def timed(run, x, *, calls, seconds):
+    def timed(run, x, **options):
         seen.append(torch.get_num_threads())
-        return latency(run, x, calls=calls, seconds=seconds)
+        return latency(run, x, **options)
 
     def opened(model, threads):
         seen.append(threads)

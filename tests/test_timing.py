@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from budgetnet import timing
 from budgetnet.errors import ConfigError
-from budgetnet.timing import BURST, COLD, ENOUGH, Timing, interleaved, quantile_share, steadied
+from budgetnet.timing import AGREE, BURST, COLD, ENOUGH, STEADY, Timing, interleaved, quantile_share, rested
 
 
 def test_a_quick_function_is_timed_as_long_as_asked():
@@ -20,30 +21,76 @@ def test_a_quick_function_is_timed_as_long_as_asked():
     assert all(len(timing.calls) > 100 for timing in found)
 
 
+def bursts(*milliseconds: float) -> Timing:
+    """A timing whose bursts took these."""
+    return Timing(np.repeat(milliseconds, BURST - COLD), 0.0)
+
+
+@pytest.fixture
+def seconds(monkeypatch) -> list[float]:
+    """The clock that `rested` sees: a number that tests set."""
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], perf_counter_ns=time.perf_counter_ns)
+    monkeypatch.setattr(timing, "time", clock)
+    return now
+
+
 @pytest.mark.parametrize(
-    ("seen", "fastest", "looks"),
+    ("looks", "taken", "fastest"),
     [
-        ([2.0] * 9, [2.0] * 5, 5),
-        (
-            [1.3, 1.3, 1.4, 1.0, 1.3, 1.3, 1.0, 1.01, 1.0, 1.0, 0.5],
-            [1.0, 1.0, 1.0, 1.0, 1.01],
-            10,
-        ),  # a slow phase first
-        ([1.0, 1.0, 1.0, 1.0, 1.011, 1.3, 1.0, 0.5], [1.0] * 5, 7),
-        ([1.0, 1.0, 1.0, 1.0, 1.3, 0.9, 0.9, 0.9, 0.9, 1.0, 0.9], [0.9] * 5, 11),  # faster than it seemed
-        ([1.1**n for n in range(30, 0, -1)], [1.1**n for n in range(11, 16)], 20),  # it never agrees
+        ([[1.0] * 5], 1, [1.0] * 5),
+        ([[1.3] * 4 + [1.0], [1.0] * 3 + [1.4] * 2, [1.02, 1.5], [0.9]], 3, [1.0] * 4 + [1.02]),  # slow at first
+        ([[1.0] * 4, [1.031], [1.0]], 3, [1.0] * 5),
+        ([[1.2, 1.1, 1.4, 1.3, 1.5], [1.9], [1.8], [1.7], [1.6], [1.0]], 5, [1.1, 1.2, 1.3, 1.4, 1.5]),  # never
     ],
 )
-def test_a_machine_is_looked_at_until_its_fastest_looks_agree(monkeypatch, seen, fastest, looks):
-    monkeypatch.setattr(timing, "STEADY", 5)
-    taken: list[float] = []
+def test_a_machine_is_looked_at_until_the_fastest_bursts_agree(seconds, looks, taken, fastest):
+    """What is returned are the calls of these, of each of the functions."""
+    left = list(looks)
 
-    def look() -> float:
-        taken.append(seen[len(taken)])
-        return taken[-1]
+    def look() -> list[Timing]:
+        seconds[0] += 1
+        return [bursts(*[2 * each for each in left[0]]), bursts(*left.pop(0))]
 
-    assert steadied(look, float) == pytest.approx(fastest)
-    assert len(taken) == looks
+    twice, once = rested(look, calls=8, seconds=0, patience=5)
+    assert len(looks) - len(left) == taken
+    assert sorted(once.calls) == sorted(np.repeat(fastest, BURST - COLD))
+    assert sorted(twice.calls) == sorted(2 * once.calls)
+
+
+def test_a_machine_is_looked_at_as_long_as_asked_and_until_it_is_at_rest(seconds):
+    looks: list[int] = []
+
+    def look() -> list[Timing]:
+        seconds[0] += 1
+        looks.append(len(looks))
+        return [bursts(*[1.0] * STEADY)]
+
+    for options, taken in [
+        ({"seconds": 0, "patience": 0}, 1),
+        ({"seconds": 3, "patience": 9}, 3),
+        ({"seconds": 3, "patience": 2}, 2),
+        ({"seconds": 0, "patience": 9, "at_rest": lambda seen: len(seen[0].calls) > 6 * STEADY * (BURST - COLD)}, 7),
+        ({"seconds": 0, "patience": 9, "at_rest": lambda seen: False}, 9),
+    ]:
+        looks.clear()
+        rested(look, calls=8, **options)
+        assert len(looks) == taken
+
+
+def test_the_fastest_bursts_are_as_many_as_have_the_calls_that_are_needed():
+    found = bursts(*range(1, 21))
+    assert (found.fastest(8).calls.max(), found.fastest(41).calls.max(), found.fastest(10**6).calls.max()) == (5, 6, 20)
+    assert found.fastest(8).unrest == found.unrest == 4
+    assert bursts(1.0, 1.0 + AGREE).unrest == pytest.approx(AGREE)
+    assert bursts(7.0).unrest == 0
+    joined = bursts(1.0, 9.0).joined(bursts(2.0))
+    assert joined.calls.tolist() == [1.0] * 8 + [9.0] * 8 + [2.0] * 8
+    assert joined.bursts.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert Timing(np.ones(30), 0.3).joined(Timing(np.ones(10), 0.1)).disturbed == pytest.approx(0.25)
+    spared = np.ones(24, bool)
+    spared[:12] = False
+    assert timing._timing(np.arange(24.0), ~spared).bursts.tolist() == [1] * 4 + [2] * 8
 
 
 def test_functions_are_called_in_turns_and_cold_calls_do_not_count():

@@ -95,7 +95,7 @@ class Latency:
         Raises:
             ConfigError: it does not connect input and output.
         """
-        return Stopwatch(self.assembler(network), self.quantile).report(kept)[0]
+        return Stopwatch(self.assembler(network), self.quantile).report(kept)
 
     def bind(self, network: SuperNetwork) -> LatencyModel:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
@@ -135,17 +135,19 @@ class LatencyModel:
         channels = MACs().bind(network).channels
         self.sites = {edge: inside for edge, inside in channels.items() if isinstance(inside, ChannelCost)}
         self.space = self._space()
-        self._read()
+        full = self._read()
         self._time_modules()
         self.parts = self._parts()
         known = len(self.known)
         missing = NETWORKS.get(cost.runtime, 48) - known
         if missing > 0:
-            self.refit(widely(network, missing, torch.Generator().manual_seed(0)), judge=False)
+            self.refit(widely(network, missing, torch.Generator().manual_seed(0)), first=True)
         else:
             self._fit()
         if not known:
-            self._measure_full()
+            place = self.table.networks.index(self.known[0])
+            self.table.networks[place] = replace(self.known[0], seen=full.value / self.watch.speed)
+            self.save()
 
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units to `(B,)` float64 milliseconds, with a gradient where `used` has one."""
@@ -174,18 +176,18 @@ class LatencyModel:
 
     def report(self, kept: Tensor) -> Measured:
         """What the extracted network of an architecture, `(1, G)`, takes where nothing else slows the machine down."""
-        return self.watch.report(kept)[0]
+        return self.watch.report(kept)
 
-    def refit(self, kept: Tensor, *, judge: bool = True) -> None:
+    def refit(self, kept: Tensor, *, first: bool = False) -> None:
         """Measures the networks of `(n, G)` architectures and fits the weights to all measured so far.
 
         Args:
             kept: connects input and output.
-            judge: take the prediction's error from these, before it knows them.
+            first: before the search, with more patience; else the prediction's error is taken from these, before it
+                knows them.
         """
-        used = self.network.used(kept)
-        found, speed = self.watch.briefly(kept)
-        seen = [one.value / speed for one in found]
+        used, judge = self.network.used(kept), not first
+        seen = [milliseconds / self.watch.speed for milliseconds in self.watch.briefly(kept, first=first)]
         before = [time / self.fitted_at for time in self(used).tolist()] if judge else []
         parts = torch.stack([part(used) for part in self.parts.values()], dim=1).tolist()
         self.table.networks += [
@@ -220,22 +222,19 @@ class LatencyModel:
         content = json.dumps([self.cost.quantile, edges, nodes, sites])
         return f"{self.cost.quantile} of {network.name} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
-    def _measure_full(self) -> None:
-        """Has the full network, which percents are of, measured as all that is compared with it."""
-        found, speed = self.watch.report(self.network.architecture("full"))
-        seen = found.value / speed
-        place = self.table.networks.index(self.known[0])
-        self.table.networks[place] = replace(self.known[0], seen=seen)
-        self.save()
+    def _read(self) -> Measured:
+        """Takes up the table's file where there is one, and looks how fast the machine is now.
 
-    def _read(self) -> None:
-        """Takes up the table's file where there is one, and looks how fast the machine is now."""
+        Returns:
+            What the full network takes.
+        """
         setting = Setting.here(self.cost.runtime, self.cost.threads, self.cost.batch, self.cost.device)
-        yard, path = self.watch.yard(), Path(self.cost.table)
+        path, (full, yard) = Path(self.cost.table), self.watch.start()
         known = self.cost.table and path.is_file()
-        self.table = Timetable.load(path, setting) if known else Timetable(setting, yard.quantile(0.5))
-        self.watch.usual = self.table.yardstick
-        self.watch.note(yard, yard.disturbed)
+        self.table = Timetable.load(path, setting) if known else Timetable(setting, yard)
+        self.watch.speed = yard / self.table.yardstick
+        self.watch.note(self.watch.speed)
+        return full
 
     def _edge_kind(self, edge: int) -> str:
         """What the table calls an edge: a module, and between which of its layers channels can be closed."""
@@ -264,10 +263,14 @@ class LatencyModel:
             if len(entering) > 1 and kind not in self.table.times:
                 ways[kind, ""] = modules.addition(node)
         if ways:
-            *timings, nothing = modules.times([*ways.values(), modules.nothing()], ALONE_CALLS)
-            for (kind, key), timing in zip(ways, timings, strict=True):
+            watch = self.watch
+            if modules is not watch.assembler:
+                watch = Stopwatch(modules, "median")
+                watch.start()
+            (*found, nothing), slowness = watch.quickly([*ways.values(), modules.nothing()], ALONE_CALLS, first=True)
+            for (kind, key), timing in zip(ways, found, strict=True):
                 spent = max(timing.quantile(0.5) - nothing.quantile(0.5), 1e-6)
-                self.table.times.setdefault(kind, {})[key] = spent / self.watch.speed
+                self.table.times.setdefault(kind, {})[key] = spent / slowness / self.watch.speed
 
     def _parts(self) -> dict[str, EdgeCost]:
         """The table's milliseconds of what is used, for each kind."""
