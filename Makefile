@@ -23,10 +23,10 @@ demo: setup
 
 # one thread a process, as there is a process a core: threads of several that wait for each other slow all of them
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 check: setup
 	$(BIN)/ruff check .

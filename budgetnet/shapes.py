@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from budgetnet.errors import GraphError
 
@@ -21,18 +23,37 @@ def output_shape(module: nn.Module, shape: Shape, name: str) -> Shape:
         GraphError: the module does not take that shape.
     """
     try:
-        with evaluating(module), torch.no_grad():
-            output = functional_call(module, on_meta(module), torch.empty(2, *shape, device="meta"))
+        output = on_meta(module, (2, *shape))
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GraphError(f"{name!r} cannot take an input of shape {shape}: {reason}") from error
     return tuple(output.shape[1:])
 
 
-def on_meta(module: nn.Module) -> dict[str, Tensor]:
-    """What a module holds, without its values, in float32: shapes and counts do not depend on the type."""
+def on_meta(module: nn.Module, shape: Shape) -> Tensor:
+    """What a module makes of an input of `shape`, in evaluation mode, without any values.
+
+    In float32: shapes and counts do not depend on the type.
+    """
     held = {key: value.detach().to("meta") for key, value in (*module.named_parameters(), *module.named_buffers())}
-    return {key: value.float() if value.is_floating_point() else value for key, value in held.items()}
+    held = {key: value.float() if value.is_floating_point() else value for key, value in held.items()}
+    with evaluating(module), torch.no_grad(), NormsAside():
+        found: Tensor = functional_call(module, held, torch.empty(shape, device="meta"))
+    return found
+
+
+class NormsAside(TorchFunctionMode):
+    """Hands on what batch norms are given: they keep the shape, and torch takes long to say so without values."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Calls `func`, or leaves it out."""
+        if func is nn.functional.batch_norm and len(args) > 1 and args[1] is not None:
+            x, mean = args[:2]
+            if x.dim() > 1 and len(mean) == x.shape[1]:
+                return x
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

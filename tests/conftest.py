@@ -34,8 +34,9 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def one_look():
-    """A measurement is one look at the machine: what tests say of times holds however noisy they are."""
+    """A measurement is one short look at the machine: what tests say of times holds however noisy they are."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("budgetnet.costs.stopwatch.LOOK", 0.05)
         patch.setattr("budgetnet.costs.stopwatch.PATIENCE", 0.0)
         yield
 

@@ -21,7 +21,7 @@ from budgetnet.assembly import Assembler
 from budgetnet.budgets import _limit, check_reachable, cost_name, parse_cost
 from budgetnet.costs import Latency, MACs
 from budgetnet.costs.channel_time import channel_time, counts_key, openings
-from budgetnet.costs.latency import LatencyModel, widely
+from budgetnet.costs.latency import NETWORKS, LatencyModel, widely
 from budgetnet.costs.measured import Measured
 from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
@@ -337,7 +337,7 @@ def looks(monkeypatch) -> list[float]:
 
     monkeypatch.setattr(Assembler, "times", times)
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr("budgetnet.costs.stopwatch.PATIENCE", 20.0)
+    monkeypatch.setattr("budgetnet.costs.stopwatch.PATIENCE", 60.0)
     return slow
 
 
@@ -464,8 +464,9 @@ def test_calls_that_are_left_out_are_told_where_they_may_have_been_the_slow_ones
 
 @pytest.mark.parametrize("first", ["layers", "channels", "both", "ends"])
 @pytest.mark.usefixtures("clocked")
-def test_spaces_with_other_gates_share_a_table(first: str, tmp_path: Path):
+def test_spaces_with_other_gates_share_a_table(first: str, tmp_path: Path, monkeypatch):
     """Their modules are the same; the times of open channels are not."""
+    monkeypatch.setitem(NETWORKS, "onnxruntime", 16)
     kinds: dict[str, dict[str, object]] = {
         "layers": {"gates": "layers"},
         "channels": {"gates": "channels"},
@@ -726,8 +727,7 @@ def test_real_times_of_real_networks_rise_with_what_is_kept(runtime: str):
     assert model.error < 0.5
 
 
-def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("budgetnet.costs.stopwatch.SECONDS", 0.1)  # what is asserted holds however noisy they are
+def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped(tmp_path: Path):
     space = bn.spaces.resnet_fabric(width=2, channels=8, image_size=8, in_channels=1)
     data = bn.data.load("digits").subset(256, seed=0)
     options = bn.SearchOptions(epochs=6, candidates=4, recalibration=2)

@@ -12,14 +12,13 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet.costs.footprints import channel_table, least_open
 from budgetnet.errors import ConfigError
 from budgetnet.gated import GatedSequential
 from budgetnet.graph import Graph, both, either, opposite
-from budgetnet.shapes import Shape, evaluating, on_meta, output_shape
+from budgetnet.shapes import Shape, on_meta, output_shape
 from budgetnet.sites import ConditionalGates
 from budgetnet.supernet import SuperNetwork
 
@@ -334,8 +333,8 @@ def bias_count(layer: nn.Module, count: Callable[[nn.Module, Shape], int], shape
 def module_macs(module: nn.Module, shape: Shape) -> int:
     """MACs of one forward pass on one example of `shape`, counted by torch on the meta device."""
     counter = FlopCounterMode(display=False)
-    with evaluating(module), torch.no_grad(), counter:
-        functional_call(module, on_meta(module), torch.empty(1, *shape, device="meta"))
+    with counter:
+        on_meta(module, (1, *shape))
     return int(counter.get_total_flops()) // 2  # torch counts a multiply-add as two
 
 

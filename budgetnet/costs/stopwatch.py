@@ -16,10 +16,10 @@ BRIEF, CALLS = 64, 200
 """Timed calls in a look at a network that predictions learn from, and at one for what it takes."""
 COUNTED = STEADY * (BURST - COLD)
 """Calls that count of them at least."""
-LOOK, SECONDS, PATIENCE = 1.0, 5.0, 20.0
+LOOK, SECONDS, PATIENCE = 1.0, 5.0, 60.0
 """Seconds of a look; that a network is looked at for its result; and at most, while the machine is not at rest.
 
-Candidates have one look at least, and half as many seconds at most; what predictions learn from has an eighth.
+At most a third of that is spent at the start, a sixth on candidates, and a few seconds on what predictions learn from.
 """
 BUILDS = {"compiled": 1}
 """Times that a network is built to be measured for what it takes: one that takes long is built once, others 3 times.
@@ -57,7 +57,7 @@ class Stopwatch:
     def start(self) -> tuple[Measured, float]:
         """What the full network takes on the machine at rest, and milliseconds of the yardstick."""
         full = self._built(self.assembler.network.architecture("full"))
-        (*found, yard), _ = self._rested([*full, self.assembler.yardstick()], self._calls(CALLS), SECONDS, PATIENCE)
+        (*found, yard), _ = self._rested([*full, self.assembler.yardstick()], self._calls(CALLS), SECONDS, PATIENCE / 3)
         self.beside, self.rest = full[:1], found[0].quantile(0.5)
         return Measured.middle([self._seen(one) for one in found]), yard.quantile(0.5)
 
@@ -69,7 +69,7 @@ class Stopwatch:
             calls: of each in a look.
             first: with more patience, as before a search.
         """
-        return self._rested(ways, calls, 0.0, PATIENCE / (2 if first else 8))
+        return self._rested(ways, calls, 0.0, PATIENCE / (6 if first else 24))
 
     def briefly(self, kept: Tensor, *, first: bool = False) -> list[float]:
         """As `quickly`, what the networks of `(n, G)` architectures take on the machine at rest, each built once."""
@@ -83,7 +83,7 @@ class Stopwatch:
         Each is built several times, and takes what the middle one does; the others widen what is expected again. Where
         the machine did not come to rest they took as many times too long as the full network.
         """
-        found, slowness = self._rested(self._built(kept), self._calls(calls), LOOK, PATIENCE / 2)
+        found, slowness = self._rested(self._built(kept), self._calls(calls), LOOK, PATIENCE / 6)
         seen = [self._seen(timing, slowness) for timing in found]
         return [Measured.middle(seen[place : place + self.builds]) for place in range(0, len(seen), self.builds)]
 
