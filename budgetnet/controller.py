@@ -24,7 +24,7 @@ from budgetnet.objectives import MOVING
 from budgetnet.optimizers import weight_groups
 from budgetnet.options import SearchOptions
 from budgetnet.report.records import Record
-from budgetnet.selection import check_together, measured_to_fit
+from budgetnet.selection import check_together, confirmed, measured_to_fit
 from budgetnet.sites import Policy, Threshold
 from budgetnet.steering import Steering, Sums, check_steerable, seeded
 from budgetnet.supernet import SuperNetwork
@@ -249,7 +249,7 @@ class Controller:
             network, steering.budgets, count=options.candidates, generator=generator, pressed=steering.pressed
         )
         scores = [self._judged(judge, extract(network, row[None]), batches) for row in pool]
-        best = scores.index(max(scores))
+        best = confirmed(steering.budgets, pool, lambda places: max(places, key=lambda place: scores[place]))
         steering.chosen = pool[best : best + 1]
         used = network.used(steering.chosen)
         self.outcomes = [entry(budget, steering.chosen, used) for budget in steering.budgets]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from budgetnet.budgets import BoundBudget
+from budgetnet.budgets import TOLERANCE, BoundBudget
 from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.errors import UnreachableBudget
 from budgetnet.projection import CLOSE, mend, probable, room, trimmed
@@ -20,6 +20,8 @@ NEAR = 6
 ATTEMPTS = 5
 ORDERS = 16
 """Random orders in which the full network is cut before budgets are said to contradict each other."""
+CONFIRMED = 5
+"""Candidates that are measured with more care, at most, before one is taken that may not quite keep its limits."""
 TIGHTER = 0.85
 """A limit on predictions becomes so many times as large where no other architectures are found below it."""
 
@@ -127,6 +129,30 @@ def measured_to_fit(
     return torch.tensor(best), [seen.cost[row] for row in best]
 
 
+def confirmed(budgets: Sequence[BoundBudget], pool: Tensor, best: Callable[[Sequence[int]], int]) -> int:
+    """Of candidates the best that keeps the budgets also when it is measured with more care.
+
+    Of many that were measured the one that leaves least of a limit is mostly one that was measured too low.
+
+    Args:
+        budgets: that they keep as they were measured.
+        pool: `(n, G)` candidates.
+        best: which one is of some, by their numbers.
+
+    Returns:
+        Its number; where the best `CONFIRMED` all break a budget, that of the one that does so least.
+    """
+    over, left = dict[int, float](), list(range(len(pool)))
+    while left and len(over) < CONFIRMED:
+        place = best(left)
+        left.remove(place)
+        kept = pool[place : place + 1]
+        over[place] = max((_excess(budget, kept) for budget in budgets), default=0.0)
+        if over[place] <= 0:
+            break
+    return min(over, key=lambda place: over[place])
+
+
 class Seen:
     """Architectures whose costs were measured where they can be.
 
@@ -180,6 +206,14 @@ def _moved(budget: BoundBudget, ratio: float, tighter: float) -> BoundBudget:
     if not isinstance(budget.model, MeasuredModel):
         return budget
     return replace(budget, limit=budget.limit / ratio * (tighter * (1 - CLOSE / 2) if budget.upper else 1))
+
+
+def _excess(budget: BoundBudget, kept: Tensor) -> float:
+    """By which share of its limit an architecture, `(1, G)`, may break a measured budget, <= 0 where it keeps it."""
+    if not isinstance(budget.model, MeasuredModel):
+        return 0.0
+    found = budget.model.report(kept)
+    return found.high / budget.limit - 1 if budget.upper else abs(found.value / budget.limit - 1) - TOLERANCE
 
 
 def _measured(network: SuperNetwork, budget: BoundBudget, kept: Tensor) -> tuple[Tensor, Tensor]:

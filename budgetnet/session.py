@@ -24,7 +24,7 @@ from budgetnet.projection import keeps, room
 from budgetnet.report.records import Record
 from budgetnet.report.run import Run
 from budgetnet.runs import RunFolder
-from budgetnet.selection import measured_to_fit
+from budgetnet.selection import confirmed, measured_to_fit
 from budgetnet.sites import entropy
 from budgetnet.steering import Sums, seeded
 from budgetnet.training import Learner
@@ -288,7 +288,7 @@ class Session:
         """Projects onto the budgets: of the probable architectures that keep them all, the best on validation data.
 
         Among those that the validation images cannot tell from the best, the one that leaves the least of its
-        tightest budget: there is fine-tuning to come.
+        tightest budget: there is fine-tuning to come. What is measured is measured again with more care.
         """
         generator = torch.Generator().manual_seed(self.options.seed)
         pool, costs = measured_to_fit(
@@ -302,7 +302,12 @@ class Session:
         measure = "mean_iou" if self.data.task == "segmentation" else "accuracy"
         scores = [quality[measure] for quality in qualities]
         rooms = [room(self.budgets, own) for own in costs]
-        best = best_of(scores, rooms, images=len(self.data.validation))
+
+        def best_among(places: Sequence[int]) -> int:
+            own = [(scores[place], rooms[place]) for place in places]
+            return places[best_of(*zip(*own, strict=True), images=len(self.data.validation))]
+
+        best = confirmed(self.budgets, pool, best_among)
         used = self.network.used(pool)
         self.candidates = [
             {

@@ -28,7 +28,7 @@ from budgetnet.errors import ConfigError, FileError, UnreachableBudget
 from budgetnet.export import export, onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.onnx_pieces import Piece, Pieces
-from budgetnet.selection import measured_to_fit
+from budgetnet.selection import confirmed, measured_to_fit
 from budgetnet.timing import Timing
 
 SPACES: dict[str, Callable[[], bn.SuperNetwork]] = {
@@ -578,6 +578,43 @@ def measured(space: bn.SuperNetwork, limit: str, model: Off) -> tuple[bn.budgets
     budget = dataclasses.replace(bn.Budget(MACs(), at_most=limit).bind(space), model=model)
     pool, _ = measured_to_fit(space, [budget], count=6, generator=generator())
     return budget, pool
+
+
+class Careful(Off):
+    """Measured as it is predicted; with more care, what a list says of one after the other, as shares of a limit."""
+
+    def __init__(self, space: bn.SuperNetwork, limit: float, *shares: float) -> None:
+        super().__init__(space, 1.0)
+        self.values, self.asked = [share * limit for share in shares], list[float]()
+
+    def report(self, kept: Tensor) -> Measured:
+        self.asked.append(float(kept.sum()))
+        value = self.values[len(self.asked) - 1]
+        return Measured(value, 0.99 * value, 1.01 * value)
+
+
+@pytest.mark.parametrize(
+    ("shares", "upper", "taken"),
+    [
+        ([0.98], True, 0),
+        ([1.02, 0.995, 0.98], True, 2),  # it has to keep the limit at the upper end too
+        ([1.05, 1.02, 1.03, 1.04, 1.02], True, 1),  # none does: the one that breaks it least, the better one of two
+        ([1.04], False, 0),
+        ([0.94, 1.06, 1.05 - 1e-9], False, 2),
+    ],
+)
+def test_the_best_candidate_that_keeps_its_limits_when_measured_with_more_care_is_chosen(shares, upper, taken):
+    space = SPACES["channels"]()
+    pool = torch.zeros(8, space.gate_count)
+    for place in range(8):
+        pool[place, : place + 1] = 1
+    counted = bn.Budget(MACs(), at_most="50%").bind(space)
+    model = Careful(space, counted.limit, *shares)
+    budget = dataclasses.replace(counted, model=model, upper=upper)
+    order = [3, 5, 1, 0, 7, 6, 2, 4]
+    assert confirmed([counted, budget], pool, lambda places: min(places, key=order.index)) == order[taken]
+    assert model.asked == [order[place] + 1 for place in range(len(shares))]
+    assert confirmed([counted], pool, max) == 7  # what is counted is as it is
 
 
 def test_where_few_networks_lie_below_a_limit_smaller_ones_are_measured():

@@ -112,6 +112,23 @@ def test_what_is_chosen_was_judged_with_batch_norms_of_its_own_and_goes_on_with_
     assert unsettled(network, lambda network, x: network.run(x, used), batches[:2]) > 1e-4
 
 
+def test_a_candidate_that_breaks_a_limit_when_measured_with_more_care_is_not_chosen(tmp_path, monkeypatch):
+    """Then it is the best of the others."""
+    chosen: list[int] = []
+
+    def second(budgets, pool, best):
+        first = best(range(len(pool)))
+        chosen.extend([first, best([place for place in range(len(pool)) if place != first])])
+        return chosen[1]
+
+    monkeypatch.setattr("budgetnet.session.confirmed", second)
+    one = session(tmp_path, stir(fabric(), 0), 256, candidates=4)
+    one.learner.begin_search()
+    one.choose()
+    assert [place for place, candidate in enumerate(one.candidates) if candidate["chosen"]] == [chosen[1]]
+    assert chosen[0] != chosen[1]
+
+
 def test_during_the_search_the_most_probable_is_judged_with_batch_norms_of_its_own(tmp_path):
     one = session(tmp_path, stir(fabric(), 0), 128, epochs=1, warmup=0, finetune=0)
     one.run_epoch(None)
