@@ -306,6 +306,22 @@ def test_the_best_of_the_candidates_by_the_judge_is_chosen():
     assert max(seen) > min(seen)
 
 
+def test_where_the_best_breaks_a_limit_when_measured_with_more_care_the_next_best_is_chosen(monkeypatch):
+    one, seen = finished(), list[float]()
+
+    def second(budgets, pool, best):
+        assert budgets is one.steering.budgets
+        return best([place for place in range(len(pool)) if place != best(range(len(pool)))])
+
+    def judge(plain: nn.Module) -> float:
+        seen.append(small(plain))
+        return seen[-1]
+
+    monkeypatch.setattr("budgetnet.controller.confirmed", second)
+    one.choose(judge)
+    assert small(one.network()) == sorted(seen)[-2]
+
+
 def test_batches_set_the_norms_of_candidates_and_of_what_is_chosen():
     one, judged = finished(), []
 
