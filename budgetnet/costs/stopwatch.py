@@ -29,7 +29,7 @@ Where its weights come to lie in memory makes the same network up to a sixth slo
 SLOWER, NOISY = 1.1, 0.25
 """A machine is slower when it takes so many times as long; noisy when so many calls are interrupted."""
 REST = 1.05
-"""A machine is at rest while the full network takes at most so many times as long as when it was fastest."""
+"""A machine is at rest while the full network takes at most so many times as long as at the start."""
 WAVER = 0.05
 """At most so much is added to what was measured, as a share, for a machine that did not come to rest."""
 
@@ -42,7 +42,7 @@ class Stopwatch:
         quantile: of the calls: "median", or "p95" and the like.
 
     Attributes:
-        rest: milliseconds of the full network when it was fastest; infinite before the `start`.
+        rest: milliseconds of the full network on the machine at rest; infinite before the `start`.
         speed: how slow the machine is at rest: time of the yardstick, a fixed network, over what it took when the table
             of times was made.
         notes: what was noticed about the machine, by kind.
@@ -80,21 +80,21 @@ class Stopwatch:
     def measure(self, kept: Tensor, calls: int = CALLS) -> list[Measured]:
         """What the networks of `(n, G)` architectures take on the machine at rest, in turns.
 
-        Each is built several times, and takes what the middle one does; the others widen what is expected again. Where
-        the machine did not come to rest they took as many times too long as the full network.
+        Each is built several times, and takes what the middle one does; the others widen what is expected again. They
+        took as many times too long as the full network.
         """
         found, slowness = self._rested(self._built(kept), self._calls(calls), LOOK, PATIENCE / 6)
         seen = [self._seen(timing, slowness) for timing in found]
         return [Measured.middle(seen[place : place + self.builds]) for place in range(0, len(seen), self.builds)]
 
     def report(self, kept: Tensor) -> Measured:
-        """What the network of an architecture, `(1, G)`, takes, when the machine was most at rest."""
-        found, _ = self._rested(self._built(kept), self._calls(CALLS), SECONDS, PATIENCE)
+        """As `measure`, with more care, of one architecture, `(1, G)`; as it was seen where there was no `start`."""
+        found, slowness = self._rested(self._built(kept), self._calls(CALLS), SECONDS, PATIENCE)
         unrest = max(timing.unrest for timing in found)
         if unrest > AGREE:
             told = f"the fastest calls lie {100 * unrest:.0f} % apart"
             self.notes["restless"] = f"the machine did not come to rest: {told}"
-        return Measured.middle([self._seen(timing) for timing in found])
+        return Measured.middle([self._seen(timing, slowness) for timing in found])
 
     def note(self, slowness: float, disturbed: float = 0.0) -> None:
         """Notes how many times as slow the machine is as at first, and the share of calls that were interrupted."""
@@ -117,19 +117,19 @@ class Stopwatch:
 
         def slowness(seen: Sequence[Timing]) -> float:
             full = [timing.fastest(COUNTED).quantile(0.5) for timing in seen[len(ways) :]]
-            return max([1.0, *(one / self.rest for one in full if one > REST * self.rest)])
+            return full[0] / self.rest if full else 1.0
 
         found = rested(
             lambda: self.assembler.times([*ways, *self.beside], calls, min(LOOK, seconds)),
             calls=enough(self.share, COUNTED),
             seconds=seconds,
             patience=patience,
-            at_rest=lambda seen: slowness(seen) == 1,
+            at_rest=lambda seen: slowness(seen) <= REST,
         )
-        times, full = slowness(found), [timing.quantile(0.5) for timing in found[len(ways) :]]
+        times = slowness(found)
         self.note(self.speed * times, float(np.mean([timing.disturbed for timing in found])))
-        if full and full[0] < self.rest:  # it had not been at rest yet
-            self.speed, self.rest = self.speed * full[0] / self.rest, full[0]
+        if times < 1 / REST:  # it was not at rest at the start
+            self.rest, self.speed, times = self.rest * times, self.speed * times, 1.0
         return found[: len(ways)], times
 
     def _seen(self, timing: Timing, slowness: float = 1.0) -> Measured:
