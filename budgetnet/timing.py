@@ -60,8 +60,7 @@ class Timing:
     @property
     def unrest(self) -> float:
         """By which share the slowest of the `STEADY` fastest bursts took longer than the fastest; 0 for one burst."""
-        medians, _ = self._medians()
-        ordered = np.sort(medians)
+        ordered = np.sort(self._medians()[0])
         return float(ordered[min(STEADY, len(ordered)) - 1] / max(ordered[0], 1e-9) - 1)
 
     @property
@@ -71,10 +70,9 @@ class Timing:
 
     def fastest(self, least: int) -> Timing:
         """The calls of the fastest bursts: of `STEADY` of them, or of as many as have that many calls."""
-        medians, numbers = self._medians()
+        medians, numbers, sizes = self._medians()
         order = np.argsort(medians, kind="stable")
-        sizes = np.unique(self.bursts, return_counts=True)[1][order]
-        taken = numbers[order[: max(STEADY, int(np.searchsorted(np.cumsum(sizes), least)) + 1)]]
+        taken = numbers[order[: max(STEADY, int(np.searchsorted(np.cumsum(sizes[order]), least)) + 1)]]
         inside = np.isin(self.bursts, taken)
         return Timing(self.calls[inside], self.disturbed, self.bursts[inside])
 
@@ -85,10 +83,11 @@ class Timing:
         disturbed = (a * self.disturbed + b * other.disturbed) / (a + b)
         return Timing(np.concatenate([self.calls, other.calls]), disturbed, bursts)
 
-    def _medians(self) -> tuple[np.ndarray, np.ndarray]:
-        """Milliseconds of the middle call of each burst, and the bursts' numbers."""
-        numbers, starts = np.unique(self.bursts, return_index=True)
-        return np.array([np.median(calls) for calls in np.split(self.calls, starts[1:])]), numbers
+    def _medians(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Median milliseconds of each burst, `(n,)`, the bursts' numbers, and of how many calls they are."""
+        numbers, starts, sizes = np.unique(self.bursts, return_index=True, return_counts=True)
+        ordered = self.calls[np.lexsort((self.calls, self.bursts))]
+        return (ordered[starts + (sizes - 1) // 2] + ordered[starts + sizes // 2]) / 2, numbers, sizes
 
 
 def interleaved(

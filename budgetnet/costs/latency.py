@@ -175,7 +175,7 @@ class LatencyModel:
         return self.watch.measure(kept)
 
     def report(self, kept: Tensor) -> Measured:
-        """What the extracted network of an architecture, `(1, G)`, takes where nothing else slows the machine down."""
+        """What the extracted network of an architecture, `(1, G)`, takes on the machine at rest."""
         return self.watch.report(kept)
 
     def refit(self, kept: Tensor, *, first: bool = False) -> None:

@@ -116,8 +116,7 @@ class Stopwatch:
         """The calls of functions while the machine was most at rest, and how many times as slow as at rest it was."""
 
         def slowness(seen: Sequence[Timing]) -> float:
-            full = [timing.fastest(COUNTED).quantile(0.5) for timing in seen[len(ways) :]]
-            return full[0] / self.rest if full else 1.0
+            return seen[-1].fastest(COUNTED).quantile(0.5) / self.rest if self.beside else 1.0
 
         found = rested(
             lambda: self.assembler.times([*ways, *self.beside], calls, min(LOOK, seconds)),
