@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from budgetnet import Edge, Node, SuperNetwork
 from budgetnet.errors import ConfigError, GraphError
 from budgetnet.extraction import extract
-from budgetnet.shapes import evaluating
+from budgetnet.shapes import evaluating, output_shape
 from budgetnet.sites import AlwaysOn, Fixed, Sample
 from budgetnet.spaces import conv_fabric, resnet_fabric
 from budgetnet.supernet import full
@@ -387,3 +387,11 @@ def test_layers_that_work_in_place_leave_what_others_read(place: str):
     outputs = [network(x, full(network))[0] for network in (built(False), built(True))]
     assert torch.equal(*outputs)
     assert torch.equal(extract(built(True), built(True).architecture("full"))(x), outputs[0])
+
+
+@pytest.mark.parametrize("module", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False)])
+def test_a_batch_norm_keeps_the_shape_it_is_made_for_and_takes_no_other(module: nn.Module):
+    """Though shapes are found without it."""
+    assert output_shape(module, (4, 8, 8), "norm") == (4, 8, 8)
+    with pytest.raises(GraphError, match="'norm' cannot take an input of shape"):
+        output_shape(module, (3, 8, 8), "norm")
