@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -38,6 +39,16 @@ def one_look():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("budgetnet.costs.stopwatch.LOOK", 0.05)
         patch.setattr("budgetnet.costs.stopwatch.PATIENCE", 0.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_registry():
+    """The exporter reads its whole library of ONNX operators at each export: a second, for the same operators."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
 
 

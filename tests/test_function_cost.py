@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import sys
-from functools import lru_cache
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -16,8 +15,8 @@ import pytest
 import torch
 from conftest import SMALL
 from safetensors.torch import load_file
+from scored import ARCHITECTURES, BATCH, PRICE, scored, searched, small_space
 from small import every
-from test_proposition_1 import PRICE, small_space, trained_on_all
 from torch import Tensor, nn
 
 import budgetnet as bn
@@ -27,11 +26,10 @@ from budgetnet.costs.drawn import CALLS, FIRST, DrawnModel, ExactModel
 from budgetnet.costs.linear_fit import LinearFit
 from budgetnet.costs.measured import MeasuredModel
 from budgetnet.errors import ConfigError
-from budgetnet.objectives import example_losses, hinge, score_function_loss
+from budgetnet.objectives import hinge, score_function_loss
 from budgetnet.options import SearchOptions
 from budgetnet.projection import probable
-from budgetnet.session import seeded
-from budgetnet.sites import entropy, log_prob
+from budgetnet.sites import log_prob
 from budgetnet.steering import Steering, Sums
 
 
@@ -659,78 +657,48 @@ def test_the_price_follows_the_mean_of_what_is_drawn():
     assert one.prices[0].value == pytest.approx((one.options.integral + one.options.proportional) * excess)
 
 
-@lru_cache(maxsize=1)
-def scored(seed: int) -> tuple[bn.SuperNetwork, Tensor, Tensor, Tensor]:
-    """The space of `test_proposition_1`, trained; all images, all used units, and each one's loss on each image."""
-    torch.manual_seed(seed)
-    data = bn.data.load("digits")
-    x, y = torch.from_numpy(data.train.images).float() / 127.5 - 1, torch.from_numpy(data.train.targets)
-    space = small_space()
-    trained_on_all(space, x, y, seed)
-    rows = space.used(every(space.gate_count)).unique(dim=0)
-    with torch.no_grad():
-        losses = torch.stack([example_losses(space.run(x, row[None]), y, None) for row in rows])
-    return space, x, rows, losses
-
-
-def searched(source: str, seed: int, steps: int = 3000) -> tuple[bool, float, bool]:
+def ended(source: str, seed: int, steps: int = 3000) -> tuple[bool, float, bool]:
     """Whether the search ends on the optimum of the expected objective, its entropy, and whether noise moved that.
 
-    The settings are those of `test_proposition_1`; losses are looked up.
     "noise" takes MACs times .6, 1 or 1.4; "examples" takes them times 1/2 or 3/2, as an image is dark or bright.
     """
-    space, x, rows, losses = scored(seed)
-    macs, names = bn.costs.MACs().bind(space)(rows), space.unit_names()
-    known = {
+    known = scored(seed)
+    space, x = known.space, known.x
+    macs, names = bn.costs.MACs().bind(space)(known.used), space.unit_names()
+    exact = {
         frozenset(name for name, bit in zip(names, row.tolist(), strict=True) if bit): float(cost)
-        for row, cost in zip(rows, macs, strict=True)
+        for row, cost in zip(known.used, macs, strict=True)
     }
     limit, generator = 0.45 * float(macs.max()), torch.Generator().manual_seed(seed)
-    architectures, batch = 64, 512
     bright = (x.flatten(1).mean(dim=1) > x.mean()).double()
     if source == "noise":
         factors, shares = [0.6, 1.0, 1.4], [1 / 3] * 3
         cost = bn.costs.Function(
-            lambda names: known[names] * factors[int(torch.randint(3, (), generator=generator))],
+            lambda names: exact[names] * factors[int(torch.randint(3, (), generator=generator))],
             of="architecture",
             noisy=True,
         )
     else:
-        served, share = batch // architectures, float(bright.mean())
+        served, share = BATCH // ARCHITECTURES, float(bright.mean())
         factors = [0.5 + k / served for k in range(served + 1)]
         shares = [math.comb(served, k) * share**k * (1 - share) ** (served - k) for k in range(served + 1)]
         mean = x.mean()
         cost = bn.costs.Function(
-            lambda architecture, x: known[architecture] * (0.5 + (x.flatten(1).mean(dim=1) > mean).double())
+            lambda architecture, x: exact[architecture] * (0.5 + (x.flatten(1).mean(dim=1) > mean).double())
         ).on(lambda: [x])
     budget = bn.Budget(cost, at_most=limit).bind(space)
+    loss = known.losses.double().mean(dim=1)
     penalty = sum(share * hinge(macs * factor / limit - 1) for factor, share in zip(factors, shares, strict=True))
-    objective = losses.double().mean(dim=1) + PRICE * penalty
+    objective = loss + PRICE * penalty
     mean_factor = sum(share * factor for factor, share in zip(factors, shares, strict=True))
-    of_mean = losses.double().mean(dim=1) + PRICE * hinge(macs * mean_factor / limit - 1)
-
-    options = SearchOptions(gate_limit=0.0, price=PRICE, architectures=architectures, seed=seed)
-    one = Steering(space, [budget], options)
-    one.begin_search()
-    column = {tuple(row.tolist()): index for index, row in enumerate(rows)}
-    for step in range(steps):
-        chosen = torch.randint(len(x), (batch,), generator=generator)
-        policy = one.policy("search", batch, seeded(torch.device("cpu"), seed, step))
-        kept = policy(space.gates.logits, slice(0, space.gate_count))
-        served_by = torch.tensor([column[tuple(row.tolist())] for row in space.used(kept)])
-        seen = losses[served_by.repeat_interleave(batch // architectures), chosen]
-        one.gate_optimizer.zero_grad()
-        one.search_objective(seen, kept, min(1.0, step / (0.6 * steps)), 0.0, Sums(), x[chosen]).backward()
-        one.step_gates()
-    mode = (space.gates.logits.detach() > 0).float()[None]
-    undecided = float((space.relevant(mode) @ entropy(space.gates.logits.detach()))[0])
-    found = column[tuple(space.used(mode)[0].tolist())]
+    of_mean = loss + PRICE * hinge(macs * mean_factor / limit - 1)
+    found, undecided = searched(known, budget, generator, seed=seed, steps=steps, annealed=0.6)
     return found == int(objective.argmin()), undecided, int(objective.argmin()) != int(of_mean.argmin())
 
 
 def test_a_search_ends_on_the_optimum_of_the_expected_objective():
     """One seed and half of the steps; ten seeds are `slow`. Under the mean cost another architecture is the best."""
-    optimal, _, moved = searched("noise", seed=0, steps=1500)
+    optimal, _, moved = ended("noise", seed=0, steps=1500)
     assert optimal
     assert moved
 
@@ -739,7 +707,7 @@ def test_a_search_ends_on_the_optimum_of_the_expected_objective():
 @pytest.mark.parametrize("source", ["noise", "examples"])
 def test_nine_of_ten_searches_end_on_the_optimum_of_the_expected_objective(source):
     """As Proposition 1 has it, with the expectation over the cost, and over the examples (BSN, appendix)."""
-    results = [searched(source, seed) for seed in range(10)]
+    results = [ended(source, seed) for seed in range(10)]
     assert sum(optimal for optimal, _, _ in results) >= 9, results
 
 

@@ -77,13 +77,13 @@ class Stopwatch:
         found, slowness = self.quickly(ways, enough(self.share, BRIEF), first=first)
         return [timing.quantile(self.share) / slowness for timing in found]
 
-    def measure(self, kept: Tensor, calls: int = CALLS) -> list[Measured]:
+    def measure(self, kept: Tensor) -> list[Measured]:
         """What the networks of `(n, G)` architectures take on the machine at rest, in turns.
 
         Each is built several times, and takes what the middle one does; the others widen what is expected again. They
         took as many times too long as the full network.
         """
-        found, slowness = self._rested(self._built(kept), self._calls(calls), LOOK, PATIENCE / 6)
+        found, slowness = self._rested(self._built(kept), self._calls(CALLS), LOOK, PATIENCE / 6)
         seen = [self._seen(timing, slowness) for timing in found]
         return [Measured.middle(seen[place : place + self.builds]) for place in range(0, len(seen), self.builds)]
 
