@@ -4,8 +4,8 @@
 
 For each space the table is built as a search builds it (its whole networks are other ones), then `--networks` random
 architectures are predicted and measured in one process, four in turns, as a search measures candidates. MACs are
-scaled to milliseconds by the factor that fits best. Then `--again` others are measured as at the end of a search, and in
-a new process each as by `measure`: how many lie within 5 %.
+scaled to milliseconds by the factor that fits best. Then `--again` others are measured as at the end of a search, and
+in a new process each as by `measure`: how many lie within 5 %.
 """
 
 from __future__ import annotations

@@ -324,15 +324,15 @@ def measure(
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / name for name in ("network.onnx", "beside.onnx")]
+            files = [_exported(each, path, images) for each, path in zip((plain, other), paths, strict=True)]
             for batch in batches:
                 inputs = (images[:16] if batch == 1 else images).split(batch)
                 last = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
                 found[f"torch {batch}"] = _beside(plain, other, last, calls)
                 if batch > 1 and isinstance(network, ConditionalNetwork):
                     continue
-                runs = [load(_exported(each, Path(folder) / f"{place}.onnx", images), threads=1)
-                        for place, each in enumerate((plain, other))]  # fmt: skip
-                found[f"onnxruntime {batch}"] = _beside(*runs, inputs, calls)
+                found[f"onnxruntime {batch}"] = _beside(*(load(file, threads=1) for file in files), inputs, calls)
     finally:
         torch.set_num_threads(threads)
     return {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,9 +63,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def told(tmp_path_factory):
-    """The finished run, from a process of its own, and that process with what it printed."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, python("-m", "budgetnet", "search", *SMALL, "--out", str(folder), "--json")
+    """The finished run, and what its command ended with and printed."""
+    from budgetnet import cli
+
+    folder, out, err = tmp_path_factory.mktemp("finished") / "run", io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = cli.main(["search", *SMALL, "--out", str(folder), "--json"])
+    return folder, subprocess.CompletedProcess("search", status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")
