@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from budgetnet.conditional import (
     tune_fastest,
 )
 from budgetnet.costs import MACs
+from budgetnet.costs.latency import LatencyModel
 from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.errors import ConfigError, FileError
@@ -221,6 +222,8 @@ def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:
     told |= {"notes": list(getattr(model, "notes", {}).values()), "predicted": float(model(used)[0])}
     if isinstance(model, LearningModel):
         told["error"] = model.error
+    if isinstance(model, LatencyModel):
+        told["machine"] = {**asdict(model.table.setting), "full": model.watch.full}
     return {**reached(budget, found.value), **told}
 
 

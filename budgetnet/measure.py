@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from budgetnet.costs import Function, Latency, stopwatch
 from budgetnet.costs.additive import EdgeCost
 from budgetnet.costs.file_size import FileSize
 from budgetnet.costs.measured import Measured
+from budgetnet.costs.timetable import Setting
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import file_latency, load, load_program
 from budgetnet.extraction import state_bytes
+from budgetnet.report.records import Record
+from budgetnet.runs import RunFolder
 from budgetnet.supernet import SuperNetwork
 
 FILE_COSTS = {"macs": "MAC", "params": "parameter", "memory:params": "B", "memory:file": "B", "latency": "ms"}
@@ -33,18 +36,22 @@ COUNTER = INDEX = 8
 """Bytes of a batch norm's number of batches, and of the number of a channel that is gathered."""
 
 
-def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -> dict[str, Any]:
+def measure_network(
+    network: SuperNetwork, kept: Tensor, costs: Sequence[str], full: Mapping[Latency, float] | None = None
+) -> dict[str, Any]:
     """Costs of one architecture of a space.
 
     Args:
         network: the space, whose weights do not matter to what is counted.
         kept: `(1, G)` decisions.
         costs: as written in budgets; those that a real network shows are measured.
+        full: milliseconds of the full network on the machine as it was: those that are measured are of then.
 
     Returns:
         `{"costs": {"macs": 40899200, ...}, "units": {"macs": "MAC", ...}, "measured": {"latency": {"low", ...}, ...}}`,
         keys as asked; the last where something differs from call to call: "low" and "high", between which it is
-        expected again, and of a time "p10" and "p90", between which 8 of 10 calls took.
+        expected again, of a time "p10" and "p90", between which 8 of 10 calls took, and where that is of the machine as
+        it was "slowness": how many times as slow it is now.
 
     Raises:
         ConfigError: a cost is unknown, or the architecture connects nothing.
@@ -56,11 +63,30 @@ def measure_network(network: SuperNetwork, kept: Tensor, costs: Sequence[str]) -
     measured: dict[str, dict[str, float]] = {}
     for text in costs:
         cost = parse_cost(text)
-        found = cost_of(cost, network, kept)
-        if found.low < found.high:
+        if isinstance(cost, Latency) and cost in (full or {}):
+            found, slowness = cost.compared(network, kept, (full or {})[cost])
+            measured[text] = {**found.told(), "slowness": slowness}
+        elif (found := cost_of(cost, network, kept)).low < found.high:
             measured[text] = found.told()
         values[text], units[text] = int(found.value) if found.value.is_integer() else found.value, cost.unit
     return {"costs": values, "units": units, **({"measured": measured} if measured else {})}
+
+
+def full_of(run: RunFolder) -> dict[Latency, float]:
+    """Milliseconds that the full network of a finished run took on this machine at rest, by how they were measured."""
+    if not (run.path / "result.json").is_file():
+        return {}
+    found: dict[Latency, float] = {}
+    record = Record(run.read("result.json"), str(run.path / "result.json"))
+    for budget in record.records("budgets"):
+        if "machine" not in budget.values:
+            continue
+        cost, machine = parse_cost(budget.text("cost")), budget.record("machine")
+        assert isinstance(cost, Latency)
+        here = Setting.here(cost.runtime, cost.threads, cost.batch, cost.device)
+        if all(machine.values.get(name) == value for name, value in asdict(here).items()):
+            found[replace(cost, table="")] = machine.number("full")
+    return found
 
 
 def cost_of(cost: Cost, network: SuperNetwork, kept: Tensor, *, decided: bool = False) -> Measured:

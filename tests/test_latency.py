@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import budgetnet as bn
-from budgetnet import timing
+from budgetnet import cli, timing
 from budgetnet.assembly import Assembler
 from budgetnet.budgets import _limit, check_reachable, cost_name, parse_cost
 from budgetnet.costs import Latency, MACs
@@ -27,7 +27,9 @@ from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
 from budgetnet.export import export, onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
+from budgetnet.measure import full_of
 from budgetnet.onnx_pieces import Piece, Pieces
+from budgetnet.runs import RunFolder
 from budgetnet.selection import confirmed, measured_to_fit
 from budgetnet.timing import Timing
 
@@ -417,6 +419,10 @@ def test_what_is_said_of_a_network_is_what_it_takes_while_the_machine_is_at_rest
     assert model.report(kept).value == pytest.approx(value)  # of that full network that percents are of
     assert cost.measured(space, kept).value == pytest.approx(1.4 * value)
     assert model.notes == {"slower": "the machine was 1.40 times as slow as when the modules were timed"}
+    for times in (1.4, 0.8):  # also where it is faster than it was
+        looks[:] = [times]
+        found, slowness = cost.compared(space, kept, model.watch.full)
+        assert (found.value, slowness) == (pytest.approx(value), pytest.approx(times))
 
 
 @pytest.mark.usefixtures("clocked")
@@ -766,7 +772,7 @@ def test_real_times_of_real_networks_rise_with_what_is_kept(runtime: str):
     assert model.error < 0.5
 
 
-def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped(tmp_path: Path):
+def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped(tmp_path: Path, capsys):
     space = bn.spaces.resnet_fabric(width=1, channels=8, image_size=8, in_channels=1)
     data = bn.data.load("digits").subset(256, seed=0)
     options = bn.SearchOptions(epochs=4, candidates=4, recalibration=2)
@@ -782,6 +788,15 @@ def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped
     assert len(table["networks"]) > 48  # some were measured during the search
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["budgets"][0]["error"] is not None for line in lines] == [True] * 4
+    assert cli.main(["measure", str(tmp_path / "run"), "--costs", "latency,latency[batch=2]", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert measured["latency"]["slowness"] > 0  # beside the full network, as it was
+    assert "slowness" not in measured["latency[batch=2]"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert full_of(RunFolder(tmp_path / "run")) == {Latency(): result["budgets"][0]["machine"]["full"]}
+    result["budgets"][0]["machine"]["processor"] = "another"
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    assert full_of(RunFolder(tmp_path / "run")) == {}
     again = bn.search(space, data, ["latency<=60%", "macs<=90%"], options, out=tmp_path / "run", resume=True)
     assert again.result["budgets"][0]["limit"] == entry["limit"]
     assert torch.equal(again.architecture, found.architecture)

@@ -20,7 +20,7 @@ from budgetnet.console import quantity
 from budgetnet.costs import Latency
 from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS
-from budgetnet.measure import DEFAULT, measure_file, measure_network
+from budgetnet.measure import DEFAULT, full_of, measure_file, measure_network
 from budgetnet.report.records import Record
 from budgetnet.runs import RunFolder
 from budgetnet.supernet import SuperNetwork
@@ -55,7 +55,7 @@ def measure_command(arguments: list[str]) -> None:
             found = _measured_by_run(RunFolder(target), asked)
         else:
             kept = named(network, given.architecture or str(Path(target) / "architecture.json"))
-            found = measure_network(network, kept, asked or _defaults(network))
+            found = measure_network(network, kept, asked or _defaults(network), full_of(RunFolder(target)))
     elif Path(target).suffix.removeprefix(".") in FORMATS:
         if given.architecture is not None:
             raise ConfigError(f"--architecture is of a space or a run, got it beside {target!r}")
@@ -72,7 +72,7 @@ def measure_command(arguments: list[str]) -> None:
         table.add_row(escape(name), quantity(value, found["units"][name]), exactly)
     Console().print(table)
     for name, spread in found.get("measured", {}).items():
-        print(f"{name}: {_spread(spread, found['units'][name])}{_setting(name, Path(target))}")
+        print(f"{name}: {_spread(spread, found['units'][name])}{_setting(name, Path(target))}{_then(spread)}")
 
 
 def _spread(measured: dict[str, float], unit: str) -> str:
@@ -80,6 +80,13 @@ def _spread(measured: dict[str, float], unit: str) -> str:
     told = {"8 of 10 calls": ("p10", "p90"), "expected again": ("low", "high")}
     known = {what: [measured[name] for name in names] for what, names in told.items() if names[0] in measured}
     return ", ".join(f"{what} {quantity(low, unit)} to {quantity(high, unit)}" for what, (low, high) in known.items())
+
+
+def _then(measured: dict[str, float]) -> str:
+    """How the machine compares with what it was, where the milliseconds are of then."""
+    if "slowness" not in measured:
+        return ""
+    return f"; on the machine as it was in the search, beside which it is {measured['slowness']:.2f} times as slow now"
 
 
 def _setting(name: str, target: Path) -> str:

@@ -97,6 +97,14 @@ class Latency:
         """
         return Stopwatch(self.assembler(network), self.quantile).report(kept)
 
+    def compared(self, network: SuperNetwork, kept: Tensor, full: float) -> tuple[Measured, float]:
+        """As `measured`, but on the machine as it was when the full network took so many milliseconds.
+
+        Returns:
+            What the architecture takes there, and how many times as slow the machine is now.
+        """
+        return Stopwatch(self.assembler(network), self.quantile).compared(kept, full)
+
     def bind(self, network: SuperNetwork) -> LatencyModel:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
 

@@ -43,6 +43,7 @@ class Stopwatch:
 
     Attributes:
         rest: milliseconds of the full network on the machine at rest; infinite before the `start`.
+        full: the same, of the middle one of its builds and the quantile of its calls.
         speed: how slow the machine is at rest: time of the yardstick, a fixed network, over what it took when the table
             of times was made.
         notes: what was noticed about the machine, by kind.
@@ -52,14 +53,16 @@ class Stopwatch:
         self.assembler, self.share = assembler, quantile_share(quantile)
         self.builds = BUILDS.get(assembler.runtime, 3)
         self.beside: list[Run] = []
-        self.rest, self.speed, self.notes = inf, 1.0, dict[str, str]()
+        self.rest = self.full = inf
+        self.speed, self.notes = 1.0, dict[str, str]()
 
     def start(self) -> tuple[Measured, float]:
         """What the full network takes on the machine at rest, and milliseconds of the yardstick."""
         full = self._built(self.assembler.network.architecture("full"))
         (*found, yard), _ = self._rested([*full, self.assembler.yardstick()], self._calls(CALLS), SECONDS, PATIENCE / 3)
-        self.beside, self.rest = full[:1], found[0].quantile(0.5)
-        return Measured.middle([self._seen(one) for one in found]), yard.quantile(0.5)
+        whole = Measured.middle([self._seen(one) for one in found])
+        self.beside, self.rest, self.full = full[:1], found[0].quantile(0.5), whole.value
+        return whole, yard.quantile(0.5)
 
     def quickly(self, ways: Sequence[Run], calls: int, *, first: bool = False) -> tuple[list[Timing], float]:
         """What functions take, in turns, and how many times as slow as at rest the machine was.
@@ -96,6 +99,26 @@ class Stopwatch:
             self.notes["restless"] = f"the machine did not come to rest: {told}"
         return Measured.middle([self._seen(timing, slowness) for timing in found])
 
+    def compared(self, kept: Tensor, full: float) -> tuple[Measured, float]:
+        """What `report` would say on the machine as it was when its full network took `full` ms; how slow it is now."""
+        builds = self._built(self.assembler.network.architecture("full"))
+        ways, calls = [*self._built(kept), *builds], self._calls(CALLS)
+        counted, middle = enough(self.share, COUNTED), len(builds) // 2
+
+        def slowness(seen: Sequence[Timing]) -> float:
+            times = [one.fastest(counted).quantile(self.share) for one in seen[-len(builds) :]]
+            return sorted(times)[middle] / full
+
+        found = rested(
+            lambda: self.assembler.times(ways, calls, LOOK),
+            calls=counted,
+            seconds=SECONDS,
+            patience=PATIENCE,
+            at_rest=lambda seen: slowness(seen) <= REST,
+        )
+        times = slowness(found)
+        return Measured.middle([self._seen(timing, times) for timing in found[: -len(builds)]]), times
+
     def note(self, slowness: float, disturbed: float = 0.0) -> None:
         """Notes how many times as slow the machine is as at first, and the share of calls that were interrupted."""
         if slowness > SLOWER:
@@ -128,7 +151,8 @@ class Stopwatch:
         times = slowness(found)
         self.note(self.speed * times, float(np.mean([timing.disturbed for timing in found])))
         if times < 1 / REST:  # it was not at rest at the start
-            self.rest, self.speed, times = self.rest * times, self.speed * times, 1.0
+            self.rest, self.full, self.speed = self.rest * times, self.full * times, self.speed * times
+            times = 1.0
         return found[: len(ways)], times
 
     def _seen(self, timing: Timing, slowness: float = 1.0) -> Measured:
