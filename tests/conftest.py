@@ -41,6 +41,7 @@ def one_look():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("budgetnet.costs.stopwatch.LOOK", 0.05)
         patch.setattr("budgetnet.costs.stopwatch.PATIENCE", 0.0)
+        patch.setattr("budgetnet.costs.stopwatch.FAST", 0.0)
         yield
 
 

@@ -26,6 +26,11 @@ BUILDS = {"compiled": 1}
 
 Where its weights come to lie in memory makes the same network up to a sixth slower or faster.
 """
+FAST, MANY = 1.0, 9
+"""Where a call of the full network takes fewer milliseconds, a network is built so often for its result.
+
+One build in five of such a network is 3 to 8 % slower.
+"""
 SLOWER, NOISY = 1.1, 0.25
 """A machine is slower when it takes so many times as long; noisy when so many calls are interrupted."""
 REST = 1.05
@@ -58,8 +63,12 @@ class Stopwatch:
 
     def start(self) -> tuple[Measured, float]:
         """What the full network takes on the machine at rest, and milliseconds of the yardstick."""
-        full = self._built(self.assembler.network.architecture("full"))
-        (*found, yard), _ = self._rested([*full, self.assembler.yardstick()], self._calls(CALLS), SECONDS, PATIENCE / 3)
+        kept, yardstick = self.assembler.network.architecture("full"), self.assembler.yardstick()
+        full = self._built(kept)
+        (*found, yard), _ = self._rested([*full, yardstick], self._calls(CALLS), SECONDS, PATIENCE / 3)
+        if (more := self._careful(found[0].quantile(0.5)) - len(full)) > 0:
+            full += self._built(kept, more)
+            (*found, yard), _ = self._rested([*full, yardstick], self._calls(CALLS), SECONDS, PATIENCE / 3)
         whole = Measured.middle([self._seen(one) for one in found])
         self.beside, self.rest, self.full = full[:1], found[0].quantile(0.5), whole.value
         return whole, yard.quantile(0.5)
@@ -92,7 +101,8 @@ class Stopwatch:
 
     def report(self, kept: Tensor) -> Measured:
         """As `measure`, with more care, of one architecture, `(1, G)`; as it was seen where there was no `start`."""
-        found, slowness = self._rested(self._built(kept), self._calls(CALLS), SECONDS, PATIENCE)
+        builds = self._built(kept, self._careful(self.rest))
+        found, slowness = self._rested(builds, self._calls(CALLS), SECONDS, PATIENCE)
         unrest = max(timing.unrest for timing in found)
         if unrest > AGREE:
             told = f"the fastest calls lie {100 * unrest:.0f} % apart"
@@ -101,13 +111,13 @@ class Stopwatch:
 
     def compared(self, kept: Tensor, full: float) -> tuple[Measured, float]:
         """What `report` would say on the machine as it was when its full network took `full` ms; how slow it is now."""
-        builds = self._built(self.assembler.network.architecture("full"))
-        ways, calls = [*self._built(kept), *builds], self._calls(CALLS)
+        times = self._careful(full)
+        builds = self._built(self.assembler.network.architecture("full"), times)
+        ways, calls = [*self._built(kept, times), *builds], self._calls(CALLS)
         counted, middle = enough(self.share, COUNTED), len(builds) // 2
 
         def slowness(seen: Sequence[Timing]) -> float:
-            times = [one.fastest(counted).quantile(self.share) for one in seen[-len(builds) :]]
-            return sorted(times)[middle] / full
+            return sorted(one.fastest(counted).quantile(self.share) for one in seen[-len(builds) :])[middle] / full
 
         found = rested(
             lambda: self.assembler.times(ways, calls, LOOK),
@@ -116,8 +126,8 @@ class Stopwatch:
             patience=PATIENCE,
             at_rest=lambda seen: slowness(seen) <= REST,
         )
-        times = slowness(found)
-        return Measured.middle([self._seen(timing, times) for timing in found[: -len(builds)]]), times
+        slow = slowness(found)
+        return Measured.middle([self._seen(timing, slow) for timing in found[: -len(builds)]]), slow
 
     def note(self, slowness: float, disturbed: float = 0.0) -> None:
         """Notes how many times as slow the machine is as at first, and the share of calls that were interrupted."""
@@ -127,9 +137,13 @@ class Stopwatch:
             told = f"other jobs interrupted {100 * disturbed:.0f} % of the calls, which are left out"
             self.notes["noisy"] = f"the machine is noisy: {told}"
 
-    def _built(self, kept: Tensor) -> list[Run]:
-        """The networks of `(n, G)` architectures in all their builds."""
-        return [self.assembler.whole(row[None]) for row in kept.repeat_interleave(self.builds, dim=0)]
+    def _built(self, kept: Tensor, builds: int | None = None) -> list[Run]:
+        """The networks of `(n, G)` architectures, each built so often, or as often as candidates are."""
+        return [self.assembler.whole(row[None]) for row in kept.repeat_interleave(builds or self.builds, dim=0)]
+
+    def _careful(self, milliseconds: float) -> int:
+        """How often to build a network for its result where the full one takes so long."""
+        return MANY if self.builds > 1 and milliseconds < FAST else self.builds
 
     def _calls(self, calls: int) -> int:
         """Calls of each build in a look, or as many as the quantile needs of each."""
