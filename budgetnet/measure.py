@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,9 @@ from budgetnet.costs import Function, Latency, stopwatch
 from budgetnet.costs.additive import EdgeCost
 from budgetnet.costs.file_size import FileSize
 from budgetnet.costs.measured import Measured
-from budgetnet.costs.timetable import Setting
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import file_latency, load, load_program
 from budgetnet.extraction import state_bytes
-from budgetnet.report.records import Record
-from budgetnet.runs import RunFolder
 from budgetnet.supernet import SuperNetwork
 
 FILE_COSTS = {"macs": "MAC", "params": "parameter", "memory:params": "B", "memory:file": "B", "latency": "ms"}
@@ -70,23 +67,6 @@ def measure_network(
             measured[text] = found.told()
         values[text], units[text] = int(found.value) if found.value.is_integer() else found.value, cost.unit
     return {"costs": values, "units": units, **({"measured": measured} if measured else {})}
-
-
-def full_of(run: RunFolder) -> dict[Latency, float]:
-    """Milliseconds that the full network of a finished run took on this machine at rest, by how they were measured."""
-    if not (run.path / "result.json").is_file():
-        return {}
-    found: dict[Latency, float] = {}
-    record = Record(run.read("result.json"), str(run.path / "result.json"))
-    for budget in record.records("budgets"):
-        if "machine" not in budget.values:
-            continue
-        cost, machine = parse_cost(budget.text("cost")), budget.record("machine")
-        assert isinstance(cost, Latency)
-        here = Setting.here(cost.runtime, cost.threads, cost.batch, cost.device)
-        if all(machine.values.get(name) == value for name, value in asdict(here).items()):
-            found[replace(cost, table="")] = machine.number("full")
-    return found
 
 
 def cost_of(cost: Cost, network: SuperNetwork, kept: Tensor, *, decided: bool = False) -> Measured:

@@ -19,6 +19,7 @@ import budgetnet as bn
 from budgetnet import cli, timing
 from budgetnet.assembly import Assembler
 from budgetnet.budgets import _limit, check_reachable, cost_name, parse_cost
+from budgetnet.cli.measure import full_of
 from budgetnet.costs import Latency, MACs, stopwatch
 from budgetnet.costs.channel_time import channel_time, counts_key, openings
 from budgetnet.costs.latency import NETWORKS, LatencyModel, widely
@@ -28,7 +29,6 @@ from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
 from budgetnet.export import export, onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
-from budgetnet.measure import full_of
 from budgetnet.onnx_pieces import Piece, Pieces
 from budgetnet.runs import RunFolder
 from budgetnet.selection import confirmed, measured_to_fit
@@ -800,7 +800,7 @@ def test_real_times_of_real_networks_rise_with_what_is_kept(runtime: str):
 
 
 def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped(tmp_path: Path, capsys):
-    space = bn.spaces.resnet_fabric(width=1, channels=8, image_size=8, in_channels=1)
+    space = bn.spaces.resnet_fabric(width=2, channels=8, image_size=8, in_channels=1)
     data = bn.data.load("digits").subset(256, seed=0)
     options = bn.SearchOptions(epochs=4, candidates=4, recalibration=2)
     found = bn.search(space, data, ["latency<=60%", "macs<=90%"], options, out=tmp_path / "run")

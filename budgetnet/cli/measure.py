@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from budgetnet.building import space_of_run
 from budgetnet.cli.flags import build, costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity
 from budgetnet.costs import Latency
+from budgetnet.costs.timetable import Setting
 from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS
-from budgetnet.measure import DEFAULT, full_of, measure_file, measure_network
+from budgetnet.measure import DEFAULT, measure_file, measure_network
 from budgetnet.report.records import Record
 from budgetnet.runs import RunFolder
 from budgetnet.supernet import SuperNetwork
@@ -101,6 +103,23 @@ def _setting(name: str, target: Path) -> str:
 def _defaults(network: SuperNetwork) -> list[str]:
     """What is measured of a space or a run where nothing is asked: what its gates allow."""
     return [cost for cost in DEFAULT if cost != "params" or not network.heads]
+
+
+def full_of(run: RunFolder) -> dict[Latency, float]:
+    """Milliseconds that the full network of a finished run took on this machine at rest, by how they were measured."""
+    if not (run.path / "result.json").is_file():
+        return {}
+    found: dict[Latency, float] = {}
+    record = Record(run.read("result.json"), str(run.path / "result.json"))
+    for budget in record.records("budgets"):
+        if "machine" not in budget.values:
+            continue
+        cost, machine = parse_cost(budget.text("cost")), budget.record("machine")
+        assert isinstance(cost, Latency)
+        here = Setting.here(cost.runtime, cost.threads, cost.batch, cost.device)
+        if all(machine.values.get(name) == value for name, value in asdict(here).items()):
+            found[replace(cost, table="")] = machine.number("full")
+    return found
 
 
 def _measured_by_run(run: RunFolder, costs: Sequence[str]) -> dict[str, Any]:
