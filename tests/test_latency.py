@@ -402,12 +402,12 @@ def test_percents_are_of_the_middle_one_of_three_full_networks(monkeypatch):
 
 @pytest.mark.usefixtures("clocked")
 def test_fast_networks_are_built_more_often_for_their_result(monkeypatch):
-    """Two of the first three builds are slow, and three of nine: the middle one of these does not see it."""
+    """Two of nine builds are slow, the first two: the middle one does not see it, and it is not expected again."""
     space, before, built = SPACES["fabric"]().eval(), Assembler.whole, []
 
     def whole(self: Assembler, row: Tensor) -> float:
         built.append(row)
-        return before(self, row) * (1.08 if len(built) % 9 in (1, 2, 4) else 1.0)
+        return before(self, row) * (1.08 if len(built) % 9 in (1, 2) else 1.0)
 
     usual = Latency().bind(space)
     kept = widely(space, 2, generator())[1:]
@@ -418,7 +418,8 @@ def test_fast_networks_are_built_more_often_for_their_result(monkeypatch):
     assert watch.start()[0].value == pytest.approx(usual.full)
     assert watch.full == pytest.approx(usual.full)
     assert len(built) == stopwatch.MANY
-    assert watch.report(kept).value == pytest.approx(value)
+    found = watch.report(kept)
+    assert (found.value, found.high) == (pytest.approx(value), pytest.approx(value))
     assert len(built) == 2 * stopwatch.MANY
     assert watch.compared(kept, watch.full)[0].value == pytest.approx(value)
     assert len(built) == 4 * stopwatch.MANY
