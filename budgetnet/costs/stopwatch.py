@@ -110,24 +110,11 @@ class Stopwatch:
         return Measured.middle([self._seen(timing, slowness) for timing in found])
 
     def compared(self, kept: Tensor, full: float) -> tuple[Measured, float]:
-        """What `report` would say on the machine as it was when its full network took `full` ms; how slow it is now."""
-        times = self._careful(full)
-        builds = self._built(self.assembler.network.architecture("full"), times)
-        ways, calls = [*self._built(kept, times), *builds], self._calls(CALLS)
-        counted, middle = enough(self.share, COUNTED), len(builds) // 2
-
-        def slowness(seen: Sequence[Timing]) -> float:
-            return sorted(one.fastest(counted).quantile(self.share) for one in seen[-len(builds) :])[middle] / full
-
-        found = rested(
-            lambda: self.assembler.times(ways, calls, LOOK),
-            calls=counted,
-            seconds=SECONDS,
-            patience=PATIENCE,
-            at_rest=lambda seen: slowness(seen) <= REST,
-        )
-        slow = slowness(found)
-        return Measured.middle([self._seen(timing, slow) for timing in found[: -len(builds)]]), slow
+        """What `report` would say on the machine as it was when the full network took `full` ms; how slow it is now."""
+        self.start()
+        found = self.report(kept)
+        slowness = self.full / full
+        return found.times(1 / slowness), slowness
 
     def note(self, slowness: float, disturbed: float = 0.0) -> None:
         """Notes how many times as slow the machine is as at first, and the share of calls that were interrupted."""
