@@ -55,13 +55,14 @@ def measure_network(
     """
     if not bool(network.connects(network.used(kept))[0]):
         raise ConfigError("an architecture to measure must connect input and output, got one that does not")
+    then = full or {}
     values: dict[str, float] = {}
     units: dict[str, str] = {}
     measured: dict[str, dict[str, float]] = {}
     for text in costs:
         cost = parse_cost(text)
-        if isinstance(cost, Latency) and cost in (full or {}):
-            found, slowness = cost.compared(network, kept, (full or {})[cost])
+        if isinstance(cost, Latency) and cost in then:
+            found, slowness = cost.compared(network, kept, then[cost])
             measured[text] = {**found.told(), "slowness": slowness}
         elif (found := cost_of(cost, network, kept)).low < found.high:
             measured[text] = found.told()
