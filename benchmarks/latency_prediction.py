@@ -45,8 +45,8 @@ def main() -> None:
         (name,) = arguments.spaces
         kept = torch.tensor([[float(bit) for bit in arguments.measure]])
         cost, space = Latency(batch=arguments.batch), stirred(SPACES[name]())
-        found, slowness = cost.compared(space, kept, arguments.full)
-        print(found.value, slowness)
+        found = cost.compared(space, kept, arguments.full)
+        print(found.value, found.slowness)
         return
     print("| space | runtime | rank correlation | median error | of MACs: rank correlation | median error | again |")
     print("|---|---|---|---|---|---|---|")

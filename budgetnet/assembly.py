@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import ClassVar, Literal
 
@@ -14,6 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
+from budgetnet.errors import ConfigError
 from budgetnet.export import onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.gated import GatedSequential
@@ -134,17 +136,29 @@ class Assembler:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            return interleaved(ways, calls=calls, seconds=seconds, device=self.device)
+            with self._told():
+                return interleaved(ways, calls=calls, seconds=seconds, device=self.device)
         finally:
             torch.set_num_threads(before)
 
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What a runtime cannot do, for lack of memory, of a compiler or of an operator, in one line."""
+        try:
+            yield
+        except Exception as error:  # runtimes name no one error
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            raise ConfigError(f"{self.runtime} cannot run {self.network.name}, batch {self.batch}: {said}") from error
+
     def _run(self, module: nn.Module, shape: Shape, write: Callable[[Scope, str], str]) -> Run:
-        example = torch.randn(self.batch, *shape)
+        with self._told():
+            example = torch.randn(self.batch, *shape)
         if self.runtime == "onnxruntime":
             session = onnx_session(self._model(example.shape, write).SerializeToString(), self.threads)
             feed = {"x": example.numpy()}
             return lambda: session.run(None, feed)
-        module = copy.deepcopy(module).to(self.device).eval()
+        # while it learns a network may lie in another layout than when it is handed over
+        module = copy.deepcopy(module).to(self.device, memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
         run = torch.compile(module) if self.runtime == "compiled" else module
         example = example.to(self.device)
 

@@ -26,6 +26,7 @@ class Bars:
         self.console = console
         self.progress: Progress | None = None
         self.last = 0.0
+        self.noted = set[str]()  # costs of which it was said that the machine disturbs them
 
     def say(self, text: str) -> None:
         """Prints what is being done."""
@@ -75,7 +76,11 @@ class Bars:
             parts.append(f"{budget['cost']} {100 * cost / budget['limit']:.0f} % of the limit{price}")
         if line["entropy"] is not None:
             parts.append(f"entropy {line['entropy']:.2f}")
-        self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
+        self.say("  ".join(parts))
+        for budget in line["budgets"]:
+            if budget["notes"] and budget["cost"] not in self.noted:
+                self.noted.add(budget["cost"])
+                self.say(f"{budget['cost']}: {'; '.join(budget['notes'])}")
 
     def close(self) -> None:
         """Takes the bar away."""

@@ -26,7 +26,7 @@ from budgetnet.conditional import (
     still_deciding,
     tune_fastest,
 )
-from budgetnet.costs import MACs
+from budgetnet.costs import MACs, stopwatch
 from budgetnet.costs.latency import LatencyModel
 from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.data import Batches, Dataset
@@ -120,12 +120,14 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     validation = session.quality(session.predict(plain), session.validation)
     test = session.quality(session.predict(plain), session.test_batches())
     supernet, plain = session.network.cpu().eval(), plain.cpu()
+    for network in (supernet, plain):  # it may have learned in another layout
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     x = next(iter(session.test_batches().epoch(0)))[0].cpu()
     folded = fold_batch_norm(plain)
     files = {kind: export(folded, session.run.path / f"network.{kind}", x[:1]) for kind in ("onnx", "pt2")}
     equivalence = {"extracted": difference(lambda x: supernet.run(x, used), plain, x)}
     equivalence |= {kind: difference(plain, load_file(path), x) for kind, path in files.items()}
-    timing = file_latency(files["onnx"], x[:1])
+    timing = file_latency(files["onnx"], x[:1], seconds=stopwatch.LOOK, patience=stopwatch.PATIENCE / 6)
     return (
         plain,
         kept,
@@ -190,7 +192,12 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
                 "macs": seen.costs["macs"],
                 "params": sum(value.numel() for value in plain.parameters()),
                 "memory:params": state_bytes(plain),
-                "latency_ms": {**file_latency(path, x[:1]), "runtime": "onnxruntime", "threads": 1, "batch": 1},
+                "latency_ms": {
+                    **file_latency(path, x[:1], seconds=stopwatch.LOOK, patience=stopwatch.PATIENCE / 6),
+                    "runtime": "onnxruntime",
+                    "threads": 1,
+                    "batch": 1,
+                },
                 "onnx_ms": written["ms"],
             },
             "validation": seen.quality,
@@ -224,6 +231,7 @@ def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:
         told["error"] = model.error
     if isinstance(model, LatencyModel):
         told["machine"] = {**asdict(model.table.setting), "full": model.watch.full}
+        told["slowness"] = found.slowness
     return {**reached(budget, found.value), **told}
 
 

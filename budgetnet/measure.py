@@ -62,8 +62,8 @@ def measure_network(
     for text in costs:
         cost = parse_cost(text)
         if isinstance(cost, Latency) and cost in then:
-            found, slowness = cost.compared(network, kept, then[cost])
-            measured[text] = {**found.told(), "slowness": slowness}
+            found = cost.compared(network, kept, then[cost])
+            measured[text] = {**found.told(), "slowness": found.slowness}
         elif (found := cost_of(cost, network, kept)).low < found.high:
             measured[text] = found.told()
         values[text], units[text] = int(found.value) if found.value.is_integer() else found.value, cost.unit

@@ -18,6 +18,7 @@ from budgetnet.architectures import named
 from budgetnet.budgets import Budget, check_reachable
 from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel
+from budgetnet.costs.latency import LatencyModel
 from budgetnet.costs.measured import LearningModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.delivery import Found, deliver
@@ -82,6 +83,9 @@ def search(
     for budget in bound:
         if progress and isinstance(budget.model, DrawnModel):
             progress.say(f"{budget.name}: {budget.model.notes['fit']}")
+        if progress and isinstance(budget.model, LatencyModel):
+            told = [f"predictions lie {100 * budget.model.error:.1f} % off in the middle", *budget.model.notes.values()]
+            progress.say(f"{budget.name}: {'; '.join(told)}")
     if architecture is None:
         check_steerable(network, bound, options)
     begun = resume and run.begun

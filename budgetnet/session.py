@@ -241,6 +241,7 @@ class Session:
                     "mode": float(budget.model(used)[0]),
                     "price": price,
                     "error": budget.model.error if isinstance(budget.model, LearningModel) else None,
+                    "notes": list(budget.model.notes.values()) if isinstance(budget.model, LearningModel) else [],
                 }
                 for budget, limit, cost, price in zip(self.budgets, limits, costs, prices, strict=True)
             ],

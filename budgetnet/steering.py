@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from budgetnet.budgets import BoundBudget
+from budgetnet.budgets import BoundBudget, CostModel
 from budgetnet.costs.drawn import DrawnModel
+from budgetnet.costs.latency import LatencyModel
 from budgetnet.costs.measured import LearningModel
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.inference import Forward, expected_costs, matching_threshold
@@ -275,7 +276,7 @@ class Steering:
         Args:
             place: in the search, the same for the same samples.
         """
-        for model in [budget.model for budget in self.budgets]:
+        for model in self._models():
             if isinstance(model, LearningModel) and model.each_epoch:
                 kept = self.network.sampled(4 * model.each_epoch, seeded(torch.device("cpu"), 1, place))
                 kept = kept[self.network.connects(self.network.used(kept))]
@@ -321,7 +322,9 @@ class Steering:
         prices = [{"value": price.value, "accumulated": price.accumulated} for price in self.prices]
         targets = [{"value": target.value, "seen": target.seen} for target in self.targets]
         limits = [{"limit": budget.limit, "full": budget.full} for budget in self.budgets]
+        timed = [model.watch.baseline() if isinstance(model, LatencyModel) else {} for model in self._models()]
         state = {"limits": limits, "prices": prices, "targets": targets, "starts": self.starts, "average": self.average}
+        state["timed"] = timed
         return tensors, state
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -346,6 +349,15 @@ class Steering:
             raise FileError(f"the checkpoint must have {len(self.budgets)} limits, got {len(limits)}")
         pairs = zip(self.budgets, limits, strict=True)  # what was measured may be something else by now
         self.budgets = tuple(replace(budget, limit=limit, full=full) for budget, (limit, full) in pairs)
+        timings = record.records("timed")
+        if len(timings) != len(self.budgets):
+            raise FileError(f"the checkpoint must have timings of {len(self.budgets)} budgets, got {len(timings)}")
+        for cost, timed in zip(self._models(), timings, strict=True):
+            if isinstance(cost, LatencyModel):
+                baseline = {name: timed.number(name) for name in cost.watch.baseline()}
+                if min(baseline.values()) <= 0:
+                    raise FileError(f"the checkpoint's milliseconds must be > 0, got {min(baseline.values()):g}")
+                cost.go_by(baseline)
         self.starts = list(record.numbers("starts"))
         self.average = None if state.get("average") is None else record.number("average")
         values = [(price.number("value"), price.number("accumulated")) for price in record.records("prices")]
@@ -370,8 +382,11 @@ class Steering:
 
     def _fits(self) -> dict[int, DrawnModel]:
         """The costs that are predicted by what was drawn, by the budget's place."""
-        models = {place: budget.model for place, budget in enumerate(self.budgets)}
-        return {place: model for place, model in models.items() if isinstance(model, DrawnModel)}
+        return {place: model for place, model in enumerate(self._models()) if isinstance(model, DrawnModel)}
+
+    def _models(self) -> list[CostModel]:
+        """The cost of each budget."""
+        return [budget.model for budget in self.budgets]
 
 
 def seeded(device: torch.device, seed: int, step: int) -> torch.Generator:

@@ -70,16 +70,25 @@ class Timing:
 
     def fastest(self, least: int) -> Timing:
         """The calls of the fastest bursts: of `STEADY` of them, or of as many as have that many calls."""
+        return self.within(self.quickest(least))
+
+    def quickest(self, least: int) -> np.ndarray:
+        """Numbers of the bursts that `fastest` takes."""
         medians, numbers, sizes = self._medians()
         order = np.argsort(medians, kind="stable")
-        taken = numbers[order[: max(STEADY, int(np.searchsorted(np.cumsum(sizes[order]), least)) + 1)]]
-        inside = np.isin(self.bursts, taken)
+        return numbers[order[: max(STEADY, int(np.searchsorted(np.cumsum(sizes[order]), least)) + 1)]]
+
+    def within(self, bursts: np.ndarray) -> Timing:
+        """The calls of the bursts with these numbers; all where none of them was spared."""
+        inside = np.isin(self.bursts, bursts)
+        if not inside.any():
+            return self
         return Timing(self.calls[inside], self.disturbed, self.bursts[inside])
 
-    def joined(self, other: Timing) -> Timing:
-        """The calls of both, one after the other."""
+    def joined(self, other: Timing, after: int) -> Timing:
+        """The calls of both, one after the other; the other's bursts are numbered from `after` on."""
         a, b = len(self.calls), len(other.calls)
-        bursts = np.concatenate([self.bursts, other.bursts + self.bursts[-1] + 1])
+        bursts = np.concatenate([self.bursts, other.bursts + after])
         disturbed = (a * self.disturbed + b * other.disturbed) / (a + b)
         return Timing(np.concatenate([self.calls, other.calls]), disturbed, bursts)
 
@@ -131,6 +140,7 @@ def rested(
     seconds: float,
     patience: float,
     at_rest: Callable[[Sequence[Timing]], bool] = lambda _: True,
+    tail: bool = False,
 ) -> list[Timing]:
     """Looks at functions again until the machine shows its own speed: until the fastest bursts of each agree.
 
@@ -142,15 +152,21 @@ def rested(
         seconds: at least so long it goes on.
         patience: seconds after which it is as it is.
         at_rest: says of what was seen whether the machine was at rest besides.
+        tail: take, of all functions, the half of the turns in which the last one was fastest. A function's own fastest
+            bursts leave out the slow calls that a high quantile is about; another's say when the machine was at rest.
 
     Returns:
-        For each function the calls of its fastest bursts.
+        For each function the calls of its fastest bursts, or of those turns.
     """
     began, seen = time.perf_counter(), list(look())
     while (spent := time.perf_counter() - began) < patience:
         if spent >= seconds and all(one.settled for one in seen) and at_rest(seen):
             break
-        seen = [before.joined(after) for before, after in zip(seen, look(), strict=True)]
+        turns = 1 + max(int(one.bursts[-1]) for one in seen)  # one of them may have lost its last burst
+        seen = [before.joined(after, turns) for before, after in zip(seen, look(), strict=True)]
+    if tail:
+        at_rest_then = seen[-1].quickest(max(calls, len(seen[-1].calls) // 2))
+        return [one.within(at_rest_then) for one in seen]
     return [one.fastest(calls) for one in seen]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections import Counter
@@ -32,6 +33,7 @@ from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.onnx_pieces import Piece, Pieces
 from budgetnet.runs import RunFolder
 from budgetnet.selection import confirmed, measured_to_fit
+from budgetnet.steering import Steering
 from budgetnet.timing import Timing
 
 SPACES: dict[str, Callable[[], bn.SuperNetwork]] = {
@@ -269,6 +271,8 @@ def test_a_table_is_kept_in_a_file(tmp_path: Path):
         (lambda content: content.update(networks=[{}]), "must hold times of modules"),
         (lambda content: content.update(yardstick_ms=0), "a yardstick of 0 ms"),
         (lambda content: content.update(yardstick_ms="x"), "a time of 'x'"),
+        (lambda content: content["times_ms"].update(conv={"3,x": 1}), "'3,x' as numbers of open channels"),
+        (lambda content: content.update(networks=[{"space": "", "parts_ms": {}, "ms": 0}]), "a network of 0 ms"),
     ],
 )
 def test_a_file_that_is_no_table_of_this_machine_is_refused(spoil, line: str, tmp_path: Path):
@@ -304,9 +308,122 @@ def test_a_table_spares_measuring_again_and_scales_with_the_machine(tmp_path: Pa
     assert torch.allclose(first(used), again(used))
     assert again.full == first.full
     monkeypatch.setattr(Assembler, "yardstick", lambda self: 2.0)
+    monkeypatch.setattr(Assembler, "times", lambda *given: [Timing(2 * one.calls, 0.0) for one in before(*given)])
+    monkeypatch.setattr(Assembler, "yardstick", lambda self: 1.0)
     slow = cost.bind(space)
+    assert slow.full == pytest.approx(2 * first.full)  # percents are of today's full network, as candidates are
     assert torch.allclose(slow(used), 2 * first(used))
     assert "2.00 times as slow" in slow.notes["slower"]
+
+
+@pytest.mark.usefixtures("clocked")
+def test_a_run_that_goes_on_counts_in_the_milliseconds_it_began_with(monkeypatch):
+    """Where the machine is twice as slow by then: predictions, candidates and what is reported."""
+    torch.manual_seed(0)
+    space, before = SPACES["fabric"](), Assembler.times
+    options = bn.SearchOptions(epochs=3)
+    first = Steering(space, [bn.Budget(Latency(), at_most="60%").bind(space)], options)
+    monkeypatch.setattr(Assembler, "times", lambda *given: [Timing(2 * one.calls, 0.0) for one in before(*given)])
+    again = Steering(space, [bn.Budget(Latency(), at_most="60%").bind(space)], options)
+    models = [each.budgets[0].model for each in (first, again)]
+    assert models[1].full == pytest.approx(2 * models[0].full)
+    again.load_state(*first.state())
+    kept = widely(space, 3, generator())
+    seen = [found.value for found in models[1].measure(kept)]
+    monkeypatch.setattr(Assembler, "times", before)
+    assert seen == pytest.approx([found.value for found in models[0].measure(kept)])
+    assert again.budgets[0].limit == first.budgets[0].limit
+    assert models[1].watch.full == pytest.approx(models[0].watch.full)
+    tensors, state = first.state()
+    with pytest.raises(FileError, match="timings of 1 budgets, got 0"):
+        again.load_state(tensors, {**state, "timed": []})
+    with pytest.raises(FileError, match="milliseconds must be > 0, got -1"):
+        again.load_state(tensors, {**state, "timed": [{**state["timed"][0], "rest": -1}]})
+
+
+@pytest.mark.usefixtures("clocked")
+def test_a_table_is_made_by_measuring_too(tmp_path: Path):
+    space, file = SPACES["fabric"]().eval(), tmp_path / "times.json"
+    cost = parse_cost(f"latency[table={file}]")
+    kept = widely(space, 2, generator())[1:]
+    assert cost.measured(space, kept).value == pytest.approx(Latency().measured(space, kept).value)
+    assert len(Timetable.load(file, Setting.here("onnxruntime", 1, 1, "cpu")).networks) == 48
+    content = json.loads(file.read_text())
+    content["networks"][3]["parts_ms"].popitem()
+    file.write_text(json.dumps(content))
+    with pytest.raises(FileError, match="must have all parts of the networks it knows, lacks"):
+        cost.bind(space)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "compiled"])
+def test_networks_are_timed_as_they_are_handed_over_however_they_learned(runtime: str, monkeypatch):
+    """While it learns a network's weights lie channels last; what is timed before and after has one layout."""
+    seen: list[list[bool]] = []
+
+    def looked(module: nn.Module, **_: object) -> nn.Module:
+        seen.append([value.is_contiguous() for value in module.parameters() if value.ndim == 4])
+        return module
+
+    monkeypatch.setattr(torch, "compile", looked)
+    monkeypatch.setattr(copy, "deepcopy", lambda value, *_, own=copy.deepcopy: own(value))
+    space = bn.spaces.resnet_fabric(width=1, channels=16, image_size=8)
+    space.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assembler = Assembler(space.eval(), runtime=runtime, threads=1, batch=1, device="cpu")
+    if runtime == "torch":
+        monkeypatch.setattr(nn.Module, "eval", lambda self: looked(self.train(False)))
+    assembler.whole(space.architecture("full"))
+    assert seen
+    assert all(seen[-1])
+
+
+def test_threads_and_batch_are_those_that_were_asked_for(monkeypatch):
+    space = bn.spaces.resnet_fabric(width=1, channels=4, image_size=8).eval()
+    given: list[tuple[int, tuple[int, ...]]] = []
+
+    class Session:
+        def __init__(self, threads: int) -> None:
+            self.threads = threads
+
+        def run(self, _: None, feed: dict[str, np.ndarray]) -> None:
+            given.append((self.threads, feed["x"].shape))
+
+    monkeypatch.setattr("budgetnet.assembly.onnx_session", lambda model, threads: Session(threads))
+    Assembler(space, runtime="onnxruntime", threads=3, batch=5, device="cpu").whole(space.architecture("full"))()
+    assert given == [(3, (5, 3, 8, 8))]
+    seen: list[tuple[int, tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        "budgetnet.assembly.extract",
+        lambda *_: Seen(lambda x: seen.append((torch.get_num_threads(), tuple(x.shape)))),
+    )
+    monkeypatch.setattr("budgetnet.assembly.interleaved", lambda ways, **_: [way() for way in ways])
+    assembler = Assembler(space, runtime="torch", threads=2, batch=7, device="cpu")
+    assembler.times([assembler.whole(space.architecture("full"))], 1)
+    assert set(seen) == {(2, (7, 3, 8, 8))}
+    assert torch.get_num_threads() == 1
+
+
+class Seen(nn.Module):
+    """Tells a function of what it is given."""
+
+    def __init__(self, tell: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tell(x)
+        return x
+
+
+@pytest.mark.parametrize("cost", [Latency(runtime="compiled"), Latency(runtime="torch", batch=10**12)])
+def test_what_a_runtime_cannot_do_is_told_in_one_line(cost: Latency, monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler\nwas found")
+
+    monkeypatch.setattr(torch, "compile", lambda module: refused)
+    space = bn.spaces.resnet_fabric(width=1, channels=4, image_size=8).eval()
+    line = f"{cost.runtime} cannot run resnet_fabric, batch {cost.batch}: RuntimeError: [^\n]*$"
+    with pytest.raises(ConfigError, match=line):
+        cost.measured(space, space.architecture("full"))
 
 
 @pytest.mark.usefixtures("clocked")
@@ -421,7 +538,7 @@ def test_fast_networks_are_built_more_often_for_their_result(monkeypatch):
     found = watch.report(kept)
     assert (found.value, found.high) == (pytest.approx(value), pytest.approx(value))
     assert len(built) == 2 * stopwatch.MANY
-    assert watch.compared(kept, watch.full)[0].value == pytest.approx(value)
+    assert watch.compared(kept, watch.full).value == pytest.approx(value)
     assert len(built) == 4 * stopwatch.MANY
     watch.measure(kept)
     assert len(built) == 4 * stopwatch.MANY + watch.builds
@@ -444,13 +561,20 @@ def test_what_is_said_of_a_network_is_what_it_takes_while_the_machine_is_at_rest
     assert len(looks) == 1
     assert "restless" not in model.notes
     looks[:] = [1.4]  # all the time
-    assert model.report(kept).value == pytest.approx(value)  # of that full network that percents are of
+    found = model.report(kept)
+    assert (found.value, found.slowness) == pytest.approx((value, 1.4))  # of that full network that percents are of
     assert cost.measured(space, kept).value == pytest.approx(1.4 * value)
+    assert not model.notes
+    model.measure(kept)
     assert model.notes == {"slower": "the machine was 1.40 times as slow as when the modules were timed"}
+    looks[:] = [1.0]
+    model.measure(kept)
+    assert not model.notes  # it is over
+    looks[:] = [1.4]
     for times in (1.4, 0.8):  # also where it is faster than it was
         looks[:] = [times]
-        found, slowness = cost.compared(space, kept, model.watch.full)
-        assert (found.value, slowness) == (pytest.approx(value), pytest.approx(times))
+        found = cost.compared(space, kept, model.watch.full)
+        assert (found.value, found.slowness) == pytest.approx((value, times))
 
 
 @pytest.mark.usefixtures("clocked")
@@ -551,7 +675,7 @@ def test_quantiles_and_spaces_share_a_table_but_no_whole_networks(tmp_path: Path
     monkeypatch.setattr(Assembler, "times", before)
     again = [Latency(table=table).bind(space), Latency(table=table, quantile="p95").bind(space)]
     again.append(Latency(table=table).bind(other))
-    assert [model.full for model in again] == pytest.approx(fulls)
+    assert [model.known[0].seen for model in again] == pytest.approx(fulls)
     assert [len(model.known) for model in again] == [48] * 3
 
 
@@ -816,6 +940,8 @@ def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped
     assert len(table["networks"]) > 48  # some were measured during the search
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["budgets"][0]["error"] is not None for line in lines] == [True] * 4
+    assert entry["slowness"] > 0
+    assert all(isinstance(note, str) for line in lines for note in line["budgets"][0]["notes"])
     assert cli.main(["measure", str(tmp_path / "run"), "--costs", "latency", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)["measured"]
     assert measured["latency"]["slowness"] > 0  # beside the full network, as it was

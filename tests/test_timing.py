@@ -58,6 +58,37 @@ def test_a_machine_is_looked_at_until_the_fastest_bursts_agree(seconds, looks, t
     assert sorted(twice.calls) == sorted(2 * once.calls)
 
 
+def test_of_a_high_quantile_slow_calls_count_unless_the_machine_was_slow(seconds):
+    """One burst in five of a function is slow by itself; in half of the turns the machine slows down all functions."""
+    machine = np.array([1.0, 1.0, 3.0, 1.0, 3.0, 3.0, 1.0, 3.0, 3.0, 1.0])
+    own = np.array([1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+    def look() -> list[Timing]:
+        seconds[0] += 1
+        return [bursts(*(machine * own)), bursts(*machine)]
+
+    tail, beside = rested(look, calls=8, seconds=0, patience=0, tail=True)
+    assert sorted(tail.calls) == sorted(np.repeat([1.0, 1.0, 1.0, 1.0, 2.0], BURST - COLD))
+    assert set(beside.calls) == {1.0}
+    assert tail.quantile(0.95) == 2.0
+    assert set(rested(look, calls=8, seconds=0, patience=0)[0].calls) == {1.0, 2.0}  # its five fastest
+
+
+def test_turns_stay_together_where_a_function_lost_its_last_burst(seconds):
+    whole, cut = bursts(2.0, 1.0, 1.0), bursts(2.0, 1.0)
+    slow, fast = [whole, cut], [bursts(5.0), bursts(1.0)]
+    looks = [slow, fast]
+
+    def look() -> list[Timing]:
+        seconds[0] += 1
+        return looks.pop(0)
+
+    first, last = rested(look, calls=1, seconds=2, patience=2, tail=True)
+    assert 5.0 in first.calls  # the turn of the second look, in which the last function was fast
+    assert set(last.bursts) <= {0, 1, 3}
+    assert last.within(np.array([7])) is last
+
+
 def test_a_machine_is_looked_at_as_long_as_asked_and_until_it_is_at_rest(seconds):
     looks: list[int] = []
 
@@ -84,10 +115,10 @@ def test_the_fastest_bursts_are_as_many_as_have_the_calls_that_are_needed():
     assert found.fastest(8).unrest == found.unrest == 4
     assert bursts(1.0, 1.0 + AGREE).unrest == pytest.approx(AGREE)
     assert bursts(7.0).unrest == 0
-    joined = bursts(1.0, 9.0).joined(bursts(2.0))
+    joined = bursts(1.0, 9.0).joined(bursts(2.0), 2)
     assert joined.calls.tolist() == [1.0] * 8 + [9.0] * 8 + [2.0] * 8
     assert joined.bursts.tolist() == [0] * 8 + [1] * 8 + [2] * 8
-    assert Timing(np.ones(30), 0.3).joined(Timing(np.ones(10), 0.1)).disturbed == pytest.approx(0.25)
+    assert Timing(np.ones(30), 0.3).joined(Timing(np.ones(10), 0.1), 4).disturbed == pytest.approx(0.25)
     spared = np.ones(24, bool)
     spared[:12] = False
     assert timing._timing(np.arange(24.0), ~spared).bursts.tolist() == [1] * 4 + [2] * 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import fields
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -107,8 +108,8 @@ def _tell(found: Found) -> None:
     if result["budgets"]:
         console.print(table)
     for row in result["budgets"]:
-        for note in row.get("notes", []):
-            console.print(f"{row['cost']}: {note}", highlight=False, markup=False)
+        for note in [*measurement(row), *row.get("notes", [])]:
+            console.print(f"{row['cost']}: {note}", highlight=False, markup=False, soft_wrap=True)
     quality = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result["test"].items() if name != "loss")
     console.print(f"test {quality}", highlight=False)
     for name in ("network.onnx", "network.pt2", "report.html"):
@@ -117,3 +118,18 @@ def _tell(found: Found) -> None:
     if "inference" in result:
         note = "gates look at the input: the .onnx takes one image at a time, and there is no .pt2"
         console.print(note, soft_wrap=True)
+
+
+def measurement(row: dict[str, Any]) -> list[str]:
+    """What is said of a measured cost, a row of result.json's budgets: one line at most."""
+    if "slowness" not in row:
+        return []
+    low, high, predicted, seen = (
+        quantity(value, row["unit"])
+        for value in (row["low"], row["high"], row["predicted"], row["value"] * row["slowness"])
+    )
+    told = (
+        f"expected again between {low} and {high}; predicted {predicted}, half of all within {100 * row['error']:.1f} %"
+    )
+    slow = f"; {seen} were seen, on a machine {row['slowness']:.2f} times as slow as when the search began"
+    return [told + (slow if row["slowness"] > 1.005 else "")]

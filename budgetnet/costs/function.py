@@ -131,6 +131,7 @@ class Function:
         given: frozenset[str] | nn.Module
         if self.beside == "network":
             given = extract(network, network.gates_of(bits[None].float())).eval()
+            given.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as it is handed over
         else:
             given = frozenset(name for name, bit in zip(names, bits.tolist(), strict=True) if bit)
         return partial(self._call, given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, get_args
@@ -18,7 +19,7 @@ from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, 
 from budgetnet.costs.measured import Measured
 from budgetnet.costs.stopwatch import Stopwatch
 from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
-from budgetnet.errors import ConfigError
+from budgetnet.errors import ConfigError, FileError
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.supernet import SuperNetwork
 from budgetnet.timing import quantile_share
@@ -80,8 +81,8 @@ class Latency:
         if not self.table:
             where = "" if self.device == "cpu" else f"-{self.device}"
             return replace(self, table=str(folder / f"latency-{self.runtime}-{self.threads}-{self.batch}{where}.json"))
-        if not Path(self.table).parent.is_dir():
-            raise ConfigError(f"a table of times needs a folder to be in, got {self.table!r}")
+        if not Path(self.table).parent.is_dir() or Path(self.table).is_dir():
+            raise ConfigError(f"a table of times is a file in a folder that is there, got {self.table!r}")
         return self
 
     def assembler(self, network: SuperNetwork) -> Assembler:
@@ -90,19 +91,21 @@ class Latency:
         return Assembler(network, runtime=runtime, threads=self.threads, batch=self.batch, device=self.device)
 
     def measured(self, network: SuperNetwork, kept: Tensor) -> Measured:
-        """What the extracted network of an architecture, `(1, G)`, takes, as a result says it; nothing is predicted.
+        """What the extracted network of an architecture, `(1, G)`, takes, as a result says it.
+
+        Nothing is predicted, but a table that was asked for is made, or added to.
 
         Raises:
             ConfigError: it does not connect input and output.
         """
+        if self.table:
+            model = self.kept_in(Path()).bind(network)
+            model.save()
+            return model.report(kept)
         return Stopwatch(self.assembler(network), self.quantile).report(kept)
 
-    def compared(self, network: SuperNetwork, kept: Tensor, full: float) -> tuple[Measured, float]:
-        """As `measured`, but on the machine as it was when the full network took so many milliseconds.
-
-        Returns:
-            What the architecture takes there, and how many times as slow the machine is now.
-        """
+    def compared(self, network: SuperNetwork, kept: Tensor, full: float) -> Measured:
+        """As `measured`, but on the machine as it was when the full network took so many milliseconds."""
         return Stopwatch(self.assembler(network), self.quantile).compared(kept, full)
 
     def bind(self, network: SuperNetwork) -> LatencyModel:
@@ -129,6 +132,7 @@ class LatencyModel:
 
     Attributes:
         watch: measures whole networks.
+        full: milliseconds of the full network on the machine as it is when the model is made: what percents are of.
         error: median relative error of predictions for networks that they were not fitted to.
     """
 
@@ -143,7 +147,8 @@ class LatencyModel:
         channels = MACs().bind(network).channels
         self.sites = {edge: inside for edge, inside in channels.items() if isinstance(inside, ChannelCost)}
         self.space = self._space()
-        full = self._read()
+        whole = self._read()
+        self.full = whole.value
         self._time_modules()
         self.parts = self._parts()
         known = len(self.known)
@@ -154,17 +159,12 @@ class LatencyModel:
             self._fit()
         if not known:
             place = self.table.networks.index(self.known[0])
-            self.table.networks[place] = replace(self.known[0], seen=full.value / self.watch.speed)
+            self.table.networks[place] = replace(self.known[0], seen=whole.value / self.watch.slowness)
             self.save()
 
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units to `(B,)` float64 milliseconds, with a gradient where `used` has one."""
         return self.base + self.times(used)
-
-    @property
-    def full(self) -> float:
-        """Milliseconds of the full network as it was measured for the table: what percents are of, then and later."""
-        return self.known[0].seen
 
     @property
     def along_path(self) -> list[float]:
@@ -195,7 +195,7 @@ class LatencyModel:
                 knows them.
         """
         used, judge = self.network.used(kept), not first
-        seen = [milliseconds / self.watch.speed for milliseconds in self.watch.briefly(kept, first=first)]
+        seen = [milliseconds / self.watch.slowness for milliseconds in self.watch.briefly(kept, first=first)]
         before = [time / self.fitted_at for time in self(used).tolist()] if judge else []
         parts = torch.stack([part(used) for part in self.parts.values()], dim=1).tolist()
         self.table.networks += [
@@ -206,6 +206,11 @@ class LatencyModel:
         if judge:
             self.error = float(np.median([abs(a / b - 1) for a, b in zip(before, seen, strict=True)]))
         self.save()
+
+    def go_by(self, baseline: Mapping[str, float]) -> None:
+        """From now on all milliseconds are of the machine as it was at a `Stopwatch.baseline`, predicted ones too."""
+        self.watch.go_by(baseline)
+        self._fit()
 
     def save(self) -> None:
         """Writes the table to its file, once there is a folder for it, beside what others have written there."""
@@ -240,8 +245,8 @@ class LatencyModel:
         path, (full, yard) = Path(self.cost.table), self.watch.start()
         known = self.cost.table and path.is_file()
         self.table = Timetable.load(path, setting) if known else Timetable(setting, yard)
-        self.watch.speed = yard / self.table.yardstick
-        self.watch.note(self.watch.speed)
+        self.watch.slowness = yard / self.table.yardstick
+        self.watch.note(self.watch.slowness)
         return full
 
     def _edge_kind(self, edge: int) -> str:
@@ -278,7 +283,7 @@ class LatencyModel:
             (*found, nothing), slowness = watch.quickly([*ways.values(), modules.nothing()], ALONE_CALLS, first=True)
             for (kind, key), timing in zip(ways, found, strict=True):
                 spent = max(timing.quantile(0.5) - nothing.quantile(0.5), 1e-6)
-                self.table.times.setdefault(kind, {})[key] = spent / slowness / self.watch.speed
+                self.table.times.setdefault(kind, {})[key] = spent / slowness / self.watch.slowness
 
     def _parts(self) -> dict[str, EdgeCost]:
         """The table's milliseconds of what is used, for each kind."""
@@ -310,8 +315,11 @@ class LatencyModel:
 
     def _fit(self) -> None:
         """Weighs the kinds by the whole networks that were measured."""
-        names, self.fitted_at = list(self.parts), self.watch.speed
-        parts = np.array([[whole.parts[name] for name in names] for whole in self.known])
+        names, self.fitted_at = list(self.parts), self.watch.slowness
+        try:
+            parts = np.array([[whole.parts[name] for name in names] for whole in self.known])
+        except KeyError as error:
+            raise FileError(f"{self.cost.table} must have all parts of the networks it knows, lacks {error}") from error
         weights, self.error = fitted(parts, np.array([whole.seen for whole in self.known]))
         weights = weights * self.fitted_at
         self.base = float(weights[0])

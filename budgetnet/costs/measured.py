@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -17,6 +17,7 @@ class Measured:
         value: in the cost's unit.
         low, high: between which a repeated measurement is expected to lie.
         p10, p90: between which 8 of 10 of its calls took; None where it is no time.
+        slowness: how many times as slow the machine was as the one that all this is of: `value * slowness` was seen.
     """
 
     value: float
@@ -24,6 +25,7 @@ class Measured:
     high: float
     p10: float | None = None
     p90: float | None = None
+    slowness: float = 1.0
 
     @staticmethod
     def middle(found: Sequence[Measured]) -> Measured:
@@ -39,13 +41,17 @@ class Measured:
         values = [each.value for each in found]
         return replace(self, low=min(self.low, *values), high=max(self.high, *values))
 
-    def times(self, factor: float) -> Measured:
-        """All of it so many times as much."""
-        return replace(self, **{name: value * factor for name, value in asdict(self).items() if value is not None})
+    def slower(self, times: float) -> Measured:
+        """The same as seen on a machine that is so many times as slow as the one that it is of."""
+        numbers = {**self.told(), "value": self.value}
+        return replace(
+            self, **{name: number / times for name, number in numbers.items()}, slowness=self.slowness * times
+        )
 
     def told(self) -> dict[str, float]:
         """`{"low", "high"}`, and `{"p10", "p90"}` of a time, as in result.json."""
-        return {name: value for name, value in asdict(self).items() if name != "value" and value is not None}
+        given = {"low": self.low, "high": self.high, "p10": self.p10, "p90": self.p90}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 
 import numpy as np
@@ -49,9 +49,9 @@ class Stopwatch:
     Attributes:
         rest: milliseconds of the full network on the machine at rest; infinite before the `start`.
         full: the same, of the middle one of its builds and the quantile of its calls.
-        speed: how slow the machine is at rest: time of the yardstick, a fixed network, over what it took when the table
-            of times was made.
-        notes: what was noticed about the machine, by kind.
+        slowness: of the machine at rest: time of the yardstick, a fixed network, over what it took when the table of
+            times was made.
+        notes: what was noticed about the machine in the last measurement, by kind; before a search in any.
     """
 
     def __init__(self, assembler: Assembler, quantile: str) -> None:
@@ -59,7 +59,7 @@ class Stopwatch:
         self.builds = BUILDS.get(assembler.runtime, 3)
         self.beside: list[Run] = []
         self.rest = self.full = inf
-        self.speed, self.notes = 1.0, dict[str, str]()
+        self.slowness, self.notes = 1.0, dict[str, str]()
 
     def start(self) -> tuple[Measured, float]:
         """What the full network takes on the machine at rest, and milliseconds of the yardstick."""
@@ -70,7 +70,7 @@ class Stopwatch:
             full += self._built(kept, more)
             (*found, yard), _ = self._rested([*full, yardstick], self._calls(CALLS), SECONDS, PATIENCE / 3)
         whole = Measured.middle([self._seen(one) for one in found])
-        self.beside, self.rest, self.full = full[:1], found[0].quantile(0.5), whole.value
+        self.beside, self.rest, self.full = full[:1], found[0].fastest(COUNTED).quantile(0.5), whole.value
         return whole, yard.quantile(0.5)
 
     def quickly(self, ways: Sequence[Run], calls: int, *, first: bool = False) -> tuple[list[Timing], float]:
@@ -85,6 +85,8 @@ class Stopwatch:
 
     def briefly(self, kept: Tensor, *, first: bool = False) -> list[float]:
         """As `quickly`, what the networks of `(n, G)` architectures take on the machine at rest, each built once."""
+        if not first:
+            self.notes.clear()
         ways = [self.assembler.whole(row[None]) for row in kept]
         found, slowness = self.quickly(ways, enough(self.share, BRIEF), first=first)
         return [timing.quantile(self.share) / slowness for timing in found]
@@ -95,26 +97,36 @@ class Stopwatch:
         Each is built several times, and takes what the middle one does; the others widen what is expected again. They
         took as many times too long as the full network.
         """
+        self.notes.clear()
         found, slowness = self._rested(self._built(kept), self._calls(CALLS), LOOK, PATIENCE / 6)
         seen = [self._seen(timing, slowness) for timing in found]
         return [Measured.middle(seen[place : place + self.builds]) for place in range(0, len(seen), self.builds)]
 
     def report(self, kept: Tensor) -> Measured:
         """As `measure`, with more care, of one architecture, `(1, G)`; as it was seen where there was no `start`."""
+        self.notes.clear()
         builds = self._built(kept, self._careful(self.rest))
         found, slowness = self._rested(builds, self._calls(CALLS), SECONDS, PATIENCE)
         unrest = max(timing.unrest for timing in found)
         if unrest > AGREE:
             told = f"the fastest calls lie {100 * unrest:.0f} % apart"
             self.notes["restless"] = f"the machine did not come to rest: {told}"
+        self.notes.pop("slower", None)  # what is returned says by how much
         return Measured.middle([self._seen(timing, slowness) for timing in found])
 
-    def compared(self, kept: Tensor, full: float) -> tuple[Measured, float]:
-        """What `report` would say on the machine as it was when the full network took `full` ms; how slow it is now."""
+    def compared(self, kept: Tensor, full: float) -> Measured:
+        """What `report` would say on the machine as it was when the full network took `full` ms."""
         self.start()
         found = self.report(kept)
-        slowness = self.full / full
-        return found.times(1 / slowness), slowness
+        return found.slower(self.full / full)
+
+    def baseline(self) -> dict[str, float]:
+        """The machine as it was at the start, for a run to go on with: `{"rest", "full", "slowness"}`."""
+        return {"rest": self.rest, "full": self.full, "slowness": self.slowness}
+
+    def go_by(self, baseline: Mapping[str, float]) -> None:
+        """From now on all milliseconds are of the machine of a `baseline`."""
+        self.rest, self.full, self.slowness = (baseline[name] for name in ("rest", "full", "slowness"))
 
     def note(self, slowness: float, disturbed: float = 0.0) -> None:
         """Notes how many times as slow the machine is as at first, and the share of calls that were interrupted."""
@@ -148,11 +160,12 @@ class Stopwatch:
             seconds=seconds,
             patience=patience,
             at_rest=lambda seen: slowness(seen) <= REST,
+            tail=self.share != 0.5,
         )
         times = slowness(found)
-        self.note(self.speed * times, float(np.mean([timing.disturbed for timing in found])))
+        self.note(self.slowness * times, float(np.mean([timing.disturbed for timing in found])))
         if times < 1 / REST:  # it was not at rest at the start
-            self.rest, self.full, self.speed = self.rest * times, self.full * times, self.speed * times
+            self.rest, self.full, self.slowness = self.rest * times, self.full * times, self.slowness * times
             times = 1.0
         return found[: len(ways)], times
 
@@ -164,4 +177,4 @@ class Stopwatch:
         low, high = timing.interval(self.share)
         by = 1 + min(WAVER, timing.unrest)
         seen = (timing.quantile(self.share), low / by, high * by, timing.quantile(0.1), timing.quantile(0.9))
-        return Measured(*(value / slowness for value in seen))
+        return Measured(*seen).slower(slowness)

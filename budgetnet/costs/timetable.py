@@ -110,13 +110,17 @@ class Timetable:
                 raise ValueError(f"format {content['format']!r}")
             found = Setting(**{name: content[name] for name in vars(setting)})
             times = {kind: _times(entries) for kind, entries in content["times_ms"].items()}
+            for key in (key for entries in times.values() for key in entries):
+                if key and not all(part.isdecimal() for part in key.split(",")):
+                    raise ValueError(f"{key!r} as numbers of open channels")
             networks = [
                 Whole(str(each["space"]), _times(each["parts_ms"]), _time(each["ms"])) for each in content["networks"]
             ]
             table = cls(found, _time(content["yardstick_ms"]), times, networks)
-            if table.yardstick == 0:
-                raise ValueError("a yardstick of 0 ms")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            for name, value in [("yardstick", table.yardstick), *(("network", each.seen) for each in networks)]:
+                if value == 0:
+                    raise ValueError(f"a {name} of 0 ms")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FileError(f"{path} must hold times of modules that budgetnet wrote, got {error}") from error
         for name, value in vars(setting).items():
             if getattr(found, name) != value:
