@@ -387,6 +387,8 @@ def test_threads_and_batch_are_those_that_were_asked_for(monkeypatch):
         def run(self, _: None, feed: dict[str, np.ndarray]) -> None:
             given.append((self.threads, feed["x"].shape))
 
+    monkeypatch.setattr(Assembler, "_export", lambda self: None)
+    monkeypatch.setattr(Assembler, "_model", lambda *_: SimpleNamespace(SerializeToString=bytes))
     monkeypatch.setattr("budgetnet.assembly.onnx_session", lambda model, threads: Session(threads))
     Assembler(space, runtime="onnxruntime", threads=3, batch=5, device="cpu").whole(space.architecture("full"))()
     assert given == [(3, (5, 3, 8, 8))]
@@ -604,6 +606,25 @@ def test_a_quantile_far_out_takes_more_calls(quantile: str, calls: int, monkeypa
     Latency(quantile=quantile).measured(space, kept[:1])
     assert asked == [calls] * 2
     assert quantile != "p99" or model.watch.share**calls < 0.02
+
+
+@pytest.mark.usefixtures("clocked")
+def test_a_high_quantile_counts_bursts_that_are_slow_while_the_full_network_is_not(monkeypatch):
+    space = SPACES["fabric"]().eval()
+    kept, usual = widely(space, 2, generator())[1:], {}
+    for quantile in ("median", "p95"):
+        watch = Stopwatch(Latency().assembler(space), quantile)
+        watch.start()
+        usual[quantile] = watch.report(kept).value
+
+        def times(self: Assembler, ways: Sequence[float], *_: object) -> list[Timing]:
+            """Three bursts in ten of all but the full network, the last one, take twice as long."""
+            slow = np.repeat([1.0, 2.0], [112, 48])
+            return [Timing(np.full(160, way) * (slow if way is not ways[-1] else 1.0), 0.0) for way in ways]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Assembler, "times", times)
+            assert watch.report(kept).value == pytest.approx({"median": 1.0, "p95": 2.0}[quantile] * usual[quantile])
 
 
 @pytest.mark.parametrize(
