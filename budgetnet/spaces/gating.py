@@ -16,8 +16,8 @@ from budgetnet.supernet import Edge
 
 Granularity = int | tuple[int, ...] | str
 
-ENDS = ("input", "output")
-"""The sites of a branch where it reads from and writes to what its shortcut passes on unchanged."""
+ENDS: dict[str, tuple[str, ...]] = {"hidden": (), "output": ("output",), "ends": ("input", "output")}
+"""Of each `where` the sites at a branch's ends: it reads from and writes to what its shortcut passes on unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class Gating:
         gates: "channels": groups of channels; "layers": the branch as a whole, `x + Z f(x)` (S4.1);
             "both", or "none".
         where: the channels that have gates, "hidden": those between the branch's convolutions;
-            "ends": also those it reads from its input and writes to its output, while the
-            shortcut keeps all of them (S1.3, Figure 2).
+            "output": also those it writes to its output; "ends": also those it reads from its
+            input, while the shortcut keeps all of them (S1.3, Figure 2).
         conditional: gates look at the input of their branch.
         logits: learned for each gate: 1, or 2 of which the difference counts (section 3.2).
         memory: the conditional gates of a branch see each other's tentative decisions (S1.3).
@@ -40,7 +40,7 @@ class Gating:
 
     Source: Herrmann et al., sections 3.2, 3.4, S1.3 and S4.1. Differs: "ends" is our reading of the "matrix of gate
         values" on input and output connections, of which S1.3 says no more: gates on the channels read times gates
-        on the channels written.
+        on the channels written, a matrix of rank one.
     """
 
     gates: str
@@ -52,7 +52,7 @@ class Gating:
 
     def __post_init__(self) -> None:
         one_of("gates", self.gates, ("channels", "layers", "both", "none"))
-        one_of("where", self.where, ("hidden", "ends"))
+        one_of("where", self.where, tuple(ENDS))
         if self.logits not in (1, 2) or isinstance(self.logits, bool):
             raise ConfigError(f"logits must be 1 or 2 for each gate, got {self.logits!r}")
         if self.conditional and self.gates == "none":
@@ -80,13 +80,13 @@ class Gating:
         """The gate of that name in a branch, or nothing where none is asked for.
 
         Args:
-            name: of the site; those in `ENDS` exist where the ends have gates.
+            name: of the site; those at the branch's ends exist where `ENDS` says.
             channels: that arrive there.
             granularity: channels a gate controls.
             always_open: groups that no gate closes.
             alike: name of the branches that share the gates of this site where they are locked, None for no other.
         """
-        if not self.channels or (name in ENDS and self.where != "ends"):
+        if not self.channels or (name in ENDS["ends"] and name not in ENDS[self.where]):
             return []
         lock = f"{alike}.{name}" if self.lock and alike is not None else None
         return [ChannelGate(channels, granularity, always_open=always_open, lock=lock, name=name)]

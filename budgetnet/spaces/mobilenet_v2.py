@@ -57,7 +57,7 @@ def mobilenet_v2(
         strides: "imagenet", 32 in all; "cifar", 8 in all: the first convolution and the second stage keep the size.
         gates: "channels", "layers", "both" or "none".
         granularity: channels a gate controls, one number or one for each of the seven stages; "paper": `PAPER`.
-        where: the "hidden" (expanded) channels, or the block's "ends" as well.
+        where: the "hidden" (expanded) channels, those of the block's "output" as well, or of both its "ends".
         conditional: gates look at the input of their block.
         logits: learned for each gate, 1 or 2.
         memory: conditional gates of a block see each other's tentative decisions.

@@ -53,7 +53,7 @@ def resnet(
         gates: "channels", "layers", "both" or "none".
         granularity: channels a gate controls, one number or one for each group; "paper" for depth 50 and
             101: 16, 32, 64, 128 where a branch ends and half that inside (section 4.2).
-        where: "hidden" channels of the branch, or its "ends" as well.
+        where: "hidden" channels of the branch, those of its "output" as well, or of both its "ends".
         conditional: gates look at the input of their block.
         logits: learned for each gate, 1 or 2.
         memory: conditional gates of a block see each other's tentative decisions.
