@@ -619,7 +619,7 @@ def test_a_high_quantile_counts_bursts_that_are_slow_while_the_full_network_is_n
 
         def times(self: Assembler, ways: Sequence[float], *_: object) -> list[Timing]:
             """Three bursts in ten of all but the full network, the last one, take twice as long."""
-            slow = np.repeat([1.0, 2.0], [112, 48])
+            slow = np.tile(np.repeat([1.0, 2.0], [56, 24]), 2)
             return [Timing(np.full(160, way) * (slow if way is not ways[-1] else 1.0), 0.0) for way in ways]
 
         with monkeypatch.context() as patch:
