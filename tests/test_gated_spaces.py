@@ -14,6 +14,7 @@ from small import stir
 from torch import Tensor, nn
 
 from budgetnet import SuperNetwork
+from budgetnet.architectures import named
 from budgetnet.blocks import dense_block, exit_classifier, padded_identity
 from budgetnet.cli import main
 from budgetnet.costs import MACs, Steps
@@ -53,6 +54,28 @@ def columns(network: SuperNetwork, unit: str) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------- published numbers
+
+
+@torch.no_grad()
+def test_a_resnet_fabric_has_gates_on_channels_beside_those_on_edges():
+    """All open it costs, under each name, what it costs without; what is extracted computes what is sampled."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"width": 2, "channels": 8, "image_size": 8}
+    plain, gated = (BY_NAME["resnet_fabric"](**options, granularity=own) for own in (0, 4))
+    macs = MACs().bind(gated)
+    for name in ("full", "resnet"):
+        kept = named(gated, name)
+        assert float(macs(gated.used(kept))[0]) == float(MACs().bind(plain)(plain.used(named(plain, name)))[0])
+    blocks = [name for name in gated.edge_names if name.endswith(".block")]
+    assert {name: sites(gated, name) for name in blocks} == {name: {"hidden": 2 * 2 ** int(name[1])} for name in blocks}
+    stir(gated, 0).eval()
+    x = torch.randn(4, 3, 8, 8)
+    for kept in gated.sampled(200, torch.Generator().manual_seed(0)).split(1)[:40]:
+        used = gated.used(kept)
+        if bool(gated.connects(used)[0]):
+            small = extract(gated, kept).eval()
+            torch.testing.assert_close(small(x), gated.run(x, used), rtol=1e-4, atol=1e-4)
+            assert count(small, x[:1])["macs"] == float(macs(used)[0])
 
 
 @pytest.mark.parametrize(("name", "options"), [("resnet", {"depth": 50}), ("mobilenet_v2", {"image_size": 96})])

@@ -6,6 +6,7 @@ from torch import nn
 
 from budgetnet.blocks import basic_block, conv_bn, pooled_classifier
 from budgetnet.errors import ConfigError
+from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.spaces.checks import Size, at_least, image_shape, one_of
 from budgetnet.supernet import Edge, Node, SuperNetwork
 
@@ -19,6 +20,7 @@ def resnet_fabric(
     in_channels: int = 3,
     groups: int = 3,
     shifts: str = "slr",
+    granularity: int = 0,
     task: str = "classification",
 ) -> SuperNetwork:
     """A fabric that contains ResNet-(6 width + 2) as its architecture "resnet".
@@ -37,6 +39,7 @@ def resnet_fabric(
         in_channels: channels of the input.
         groups: groups of blocks, each at half the size of the one before.
         shifts: which of the extra connections exist, letters of "slr".
+        granularity: channels that a gate controls between the two convolutions of each block; 0 for no such gates.
         task: "classification".
 
     Raises:
@@ -45,11 +48,15 @@ def resnet_fabric(
     Source: BSN, section 4.1 and appendix; connections as in the authors' public code (docs/counting.md).
     """
     at_least(1, width=width, channels=channels, classes=classes, in_channels=in_channels, groups=groups)
+    at_least(0, granularity=granularity)
     one_of("task", task, ("classification",))
     if set(shifts) - set("slr"):
         raise ConfigError(f"shifts must be letters of 'slr', got {shifts!r}")
     options = dict(locals())
     shape = image_shape(in_channels, image_size, divisor=2 ** (groups - 1))
+
+    def joined(start: tuple[str, int], end: tuple[str, int], label: str = "") -> list[Edge]:
+        return connection(start, end, channels, label, granularity)
 
     def at(group: int, block: int) -> tuple[str, int]:
         """Name and group of a layer; block -1 is the input of its group."""
@@ -63,13 +70,13 @@ def resnet_fabric(
     resnet = []
     for group in range(groups):
         for block in range(width):
-            end, _ = at(group, block)
+            here = end, _ = at(group, block)
             nodes.append(Node(name=end, activation=nn.ReLU(), position=(1 + group * width + block, group)))
             for shift, offset in (("s", 2), ("l", 1), ("r", 3)):
                 at_edge = (shift == "l" and block == 0) or (shift == "r" and block == width - 1)
                 if group > 0 and shift in shifts and not at_edge:
-                    edges += connection(*at(group - 1, max(width - offset - block, -1)), end, group, channels, shift)
-            main = connection(*at(group, block - 1), end, group, channels, "")[::-1]  # the shortcut comes first here
+                    edges += joined(at(group - 1, max(width - offset - block, -1)), here, shift)
+            main = joined(at(group, block - 1), here)[::-1]  # the shortcut comes first here
             edges += main
             resnet += [edge.name or "" for edge in main]
     last, top = at(groups - 1, width - 1)
@@ -85,13 +92,20 @@ def resnet_fabric(
     )
 
 
-def connection(start: str, group: int, end: str, to: int, channels: int, label: str) -> list[Edge]:
-    """A residual block from a layer of `group` to one of group `to` and, beside it, its shortcut."""
-    stride, into, out = 2 ** (to - group), channels * 2**group, channels * 2**to
+def connection(
+    begin: tuple[str, int], to: tuple[str, int], channels: int, label: str, granularity: int
+) -> list[Edge]:
+    """A residual block from a layer to another, each a name and its group, and the shortcut next to it."""
+    (start, group), (end, later) = begin, to
+    stride, into, out = 2 ** (later - group), channels * 2**group, channels * 2**later
     same = into == out
     shortcut = nn.Identity() if same else conv_bn(into, out, kernel=1, stride=stride)
     prefix = f"{end}.{label}" if label else end
+    block = basic_block(into, out, stride=stride)
+    if granularity:
+        *first, last, norm = block
+        block = GatedSequential(*first, ChannelGate(out, granularity, name="hidden"), last, norm)
     return [
-        Edge(start=start, end=end, module=basic_block(into, out, stride=stride), name=f"{prefix}.block", kind="block"),
+        Edge(start=start, end=end, module=block, name=f"{prefix}.block", kind="block"),
         Edge(start=start, end=end, module=shortcut, name=f"{prefix}.skip", kind="identity" if same else "projection"),
     ]
