@@ -44,7 +44,7 @@ def search(
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Found:
-    """Learns architecture and weights together, and returns the plain network that keeps every budget.
+    """Learns architecture and weights together, and returns the plain network that was found under the budgets.
 
     Args:
         space: the network with choices; learned on a copy.
@@ -57,6 +57,10 @@ def search(
         resume: take up the run in `out` where it was stopped.
         command: what the user typed, kept with the run.
         progress: is told how it goes.
+
+    Returns:
+        The network, and what it costs: `result["budgets"][i]["met"]` is False where budget i is not kept after all, as
+        only a cost that has to be measured may not be, or one of an `architecture` that was given.
 
     Raises:
         ConfigError: space, data and options do not fit together, or `out` holds another run.

@@ -753,6 +753,29 @@ def test_a_search_keeps_the_limit_of_a_function_in_a_file(file, name, capsys):
     assert cli.main(["report", "run", "--json"]) == 0
 
 
+def test_a_network_that_does_not_keep_its_limit_is_handed_over_and_the_status_says_so(file, monkeypatch, capsys):
+    """Once it is measured with more care: Python returns it, the command ends with 3, also when it shows the run again."""
+    report = DrawnModel.report
+    monkeypatch.setattr(DrawnModel, "report", lambda model, kept: report(model, kept).times(9.0))
+    space = bn.spaces.resnet_fabric(width=1, channels=4, image_size=8, in_channels=1)
+    options = bn.SearchOptions(epochs=3, warmup=0.34, finetune=0.33, candidates=2)
+    data, budget = bn.data.load("digits").subset(256, seed=0), f"{file}:weight<=60%"
+    found = bn.search(space, data, [budget], options, out="run")
+    assert not found.result["budgets"][0]["met"]
+    assert run("--budget", budget, "--candidates", "2", "--resume") == cli.UNREACHABLE
+    out, line = capsys.readouterr()
+    result = json.loads(out)
+    assert result == json.loads(Path("run/result.json").read_text())
+    (told,) = result["budgets"]
+    assert told["value"] > told["limit"]
+    assert not told["met"]
+    assert line == (
+        f"budgetnet: the network in run does not keep its budget: {file}:weight must be at most {told['limit']:.6g}, "
+        f"but takes {told['value']:.6g}\n"
+    )
+    assert all(Path("run", name).is_file() for name in ("network.onnx", "network.pt2", "report.html"))
+
+
 @pytest.mark.parametrize(("name", "architectures"), [("energy", "example"), ("weight", 16), ("macs", "example")])
 def test_a_search_by_gumbel_draws_few_architectures_where_each_costs_a_call(file, name, architectures, monkeypatch):
     """Stopped before its first step."""
