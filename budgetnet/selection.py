@@ -122,10 +122,8 @@ def measured_to_fit(
         smallest = torch.cat([budget.cheapest(network) for budget in budgets])
         seen.add(seen.new(trimmed(network, smallest)))
     if not seen.good:
-        limits = ", ".join(f"{budget.name} at {budget.told}" for budget in budgets)
-        raise UnreachableBudget(
-            f"of {len(seen.cost)} networks of {network.name} that were measured none keeps {limits}"
-        )
+        count = len(seen.high)
+        raise UnreachableBudget(f"of {count} networks of {network.name} that were measured none keeps {seen.broken()}")
     best = seen.good[:count]
     return torch.tensor(best), [seen.cost[row] for row in best]
 
@@ -164,7 +162,9 @@ def choose(
         budgets: of it.
         judge: the quality of an architecture, `(1, G)`, on validation data.
         best: which one is of some.
-        count: as in `probable`, as are the generator and `pressed`.
+        count: as in `probable`, like the two others.
+        generator: likewise.
+        pressed: likewise.
 
     Returns:
         All candidates, and the one that is chosen; where all that were measured with more care break a budget, the one
@@ -243,6 +243,16 @@ class Seen:
         self.good.sort(key=lambda row: room(self.budgets, self.high[row]))
         return list(highs)
 
+    def broken(self) -> str:
+        """The budgets that all break, with what comes nearest to each; all budgets where each is kept by some."""
+        told = []
+        for budget, costs in zip(self.budgets, zip(*self.high.values(), strict=True), strict=True):
+            if not bool(budget.met(torch.tensor(costs, dtype=torch.float64)).any()):
+                nearest = min(costs) if budget.upper else min(costs, key=lambda cost: abs(cost - budget.limit))
+                takes = f"the {'least may take' if budget.upper else 'nearest takes'} {nearest:.6g}"
+                told.append(f"{budget.name} at {budget.told}: {takes}")
+        return "; ".join(told) or f"{' and '.join(f'{each.name} at {each.told}' for each in self.budgets)} together"
+
 
 def _drawn(
     network: SuperNetwork, budgets: Sequence[BoundBudget], *, count: int, generator: torch.Generator, pressed: bool
@@ -278,7 +288,7 @@ def _tightened(budgets: Sequence[BoundBudget], seen: Sequence[Sequence[float]]) 
 
 
 def _share(budget: BoundBudget, kept: Tensor) -> float:
-    """The share of its limit that an architecture, `(1, G)`, may take, measured with more care; 1 of what is counted."""
+    """The share of its limit that an architecture, `(1, G)`, may take, measured with more care; 1 if counted."""
     if not isinstance(budget.model, MeasuredModel):
         return 1.0
     found = budget.model.report(kept)

@@ -725,8 +725,12 @@ def test_what_was_measured_to_fit_is_taken_though_nothing_smaller_is_there(share
 
 def test_a_limit_that_no_measured_network_keeps_is_told_as_it_was_asked():
     space = bn.spaces.resnet(depth=8, channels=8, image_size=8)
-    with pytest.raises(UnreachableBudget, match=r"of \d+ networks of resnet that were measured none keeps macs at "):
-        measured(space, "20%", Off(space, 9.0))
+    counted = bn.Budget(MACs(), at_most="20%").bind(space)
+    slow = dataclasses.replace(counted, name="slow", model=Off(space, 9.0))
+    path = 9 * 1.005 * float(counted.model(space.used(slow.cheapest(space)))[0])
+    line = rf"^of \d+ networks of resnet that were measured none keeps slow at {slow.limit:.6g} ms: "
+    with pytest.raises(UnreachableBudget, match=line + rf"the least may take {path:.6g}$"):
+        measured_to_fit(space, [counted, slow], count=6, generator=generator())
 
 
 def test_a_limit_is_refused_by_what_the_smallest_network_really_takes():
@@ -837,7 +841,7 @@ def test_wrong_options_give_one_clear_line(given: dict[str, object], line: str):
 
 def test_gates_that_look_at_the_input_have_no_latency_of_their_own():
     space = bn.spaces.resnet(depth=8, channels=8, image_size=8, conditional=True)
-    with pytest.raises(ConfigError, match="latency needs gates that do not look at the input"):
+    with pytest.raises(ConfigError, match="latency cannot be a cost where gates look at the input"):
         Latency().bind(space)
 
 
