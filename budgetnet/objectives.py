@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from budgetnet.checks import at_least
 from budgetnet.errors import ConfigError
 
 BASELINES = ("leave-one-out", "batch-mean")
@@ -192,7 +193,7 @@ class SteppedTarget:
             raise ConfigError(f"start must lie between the target {self.target} and 1, got {self.start}")
         if not 0 < self.fall <= 1:
             raise ConfigError(f"fall must lie in (0, 1], got {self.fall}")
-        _check_count("every", self.every)
+        at_least(1, every=self.every)
 
     def __call__(self, epoch: float) -> float:
         """The target at a position of `epoch` epochs, >= 0; a batch inside an epoch has a fraction."""
@@ -262,7 +263,7 @@ def gate_weight_decay(gates: int) -> float:
 
     Source: batch activation gating, section 4.1; the reason is in section 3.2.
     """
-    _check_count("gates", gates)
+    at_least(1, gates=gates)
     return 20 / gates * 1e-4
 
 
@@ -335,8 +336,3 @@ def _check_share(name: str, value: float) -> None:
 def _check_epoch(epoch: float) -> None:
     if not 0 <= epoch < math.inf:
         raise ConfigError(f"epoch must be a number >= 0, got {epoch}")
-
-
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or count < 1:
-        raise ConfigError(f"{name} must be a whole number >= 1, got {count}")
