@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from budgetnet.architectures import named
-from budgetnet.budgets import Budget, check_reachable
+from budgetnet.budgets import Budget, check_reachable, cost_name
 from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel
 from budgetnet.costs.measured import LearningModel
@@ -82,6 +82,9 @@ def search(
         network.gates.reset(float(options.gate_start or 0.0))
     if progress and any(isinstance(budget.cost, Latency) for budget in asked):
         progress.say(f"timing the modules of {space.name} on this machine")
+    for budget in asked:
+        if progress and budget.drawn:
+            progress.say(f"calling {cost_name(budget.cost)} for networks of all sizes")
     bound = [budget.bind(network) for budget in asked]
     for budget in bound:
         if progress and isinstance(budget.model, DrawnModel):

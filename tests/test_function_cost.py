@@ -755,6 +755,15 @@ def test_a_search_keeps_the_limit_of_a_function_in_a_file(file, name, capsys):
     assert cli.main(["report", "run", "--json"]) == 0
 
 
+def test_a_search_comes_to_a_target_that_is_measured(file, capsys):
+    assert run("--budget", f"{file}:energy[noisy=true]~=70%", "--candidates", "4") == 0
+    (budget,) = json.loads(capsys.readouterr().out)["budgets"]
+    assert not budget["at_most"]
+    assert budget["met"]
+    assert abs(budget["value"] / budget["limit"] - 1) <= 0.05
+    assert "R^2" in budget["notes"][0]
+
+
 def test_a_network_that_does_not_keep_its_limit_is_handed_over_and_the_status_says_so(file, monkeypatch, capsys):
     """Once it is measured with more care: Python returns it, the command that shows the run again ends with 3."""
     report = DrawnModel.report
@@ -829,6 +838,19 @@ def test_a_search_by_gumbel_draws_few_architectures_where_each_costs_a_call(file
     space = ["--space", "resnet", "--space.depth", "8", "--space.channels", "4", "--space.gates", "channels"]
     assert cli.main(["search", *space, "--budget", budget, "--out", "run"]) == cli.INTERRUPTED
     assert json.loads(Path("run/options.json").read_text())["search"]["architectures"] == architectures
+
+
+def test_before_a_function_is_called_for_networks_of_all_sizes_that_is_said(file, monkeypatch, capsys):
+    """It may take its time. Stopped before the first step."""
+
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("budgetnet.search"), "Learner", stopped)
+    Path(file).write_text("import sys\ndef slow(network):\n    print('called', file=sys.stderr)\n    return 1\n")
+    assert cli.main(["search", *SMALL[:-2], "--budget", f"{file}:slow<=5", "--out", "run"]) == cli.INTERRUPTED
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.index(f"calling {file}:slow for networks of all sizes") < lines.index("called")
 
 
 def test_a_run_with_a_function_is_taken_up_where_it_stopped(file, monkeypatch, capsys):
