@@ -134,7 +134,8 @@ class Price:
         proportional, integral: gains, in loss per unit of relative excess (and step); >= 0.
         fixed: the papers' constant lambda in place of all that, None to find the price.
         value: the price now.
-        accumulated: the integral part of it, >= 0.
+        accumulated: the integral part of it.
+        signed: whether both may fall below 0, as the multiplier of a target does while the cost is too low; else >= 0.
 
     Source: BSN, Eq. 2 for lambda; Stooke et al., arXiv:2007.03964, for the proportional-integral update.
     """
@@ -144,6 +145,7 @@ class Price:
     fixed: float | None = None
     value: float = 0.0
     accumulated: float = 0.0
+    signed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("proportional", "integral", "fixed"):
@@ -156,8 +158,9 @@ class Price:
     def update(self, excess: float) -> None:
         """Moves the price after a batch whose mean cost is `1 + excess` times the limit."""
         if self.fixed is None:
-            self.accumulated = max(0.0, self.accumulated + self.integral * excess)
-            self.value = max(0.0, self.accumulated + self.proportional * excess)
+            least = -math.inf if self.signed else 0.0
+            self.accumulated = max(least, self.accumulated + self.integral * excess)
+            self.value = max(least, self.accumulated + self.proportional * excess)
 
 
 def annealed(start: float, limit: float, progress: float) -> float:
