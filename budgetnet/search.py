@@ -82,9 +82,9 @@ def search(
         network.gates.reset(float(options.gate_start or 0.0))
     if progress and any(isinstance(budget.cost, Latency) for budget in asked):
         progress.say(f"timing the modules of {space.name} on this machine")
-    for budget in asked:
-        if progress and budget.drawn:
-            progress.say(f"calling {cost_name(budget.cost)} for networks of all sizes")
+    for each in asked:
+        if progress and each.drawn:
+            progress.say(f"calling {cost_name(each.cost)} for networks of all sizes")
     bound = [budget.bind(network) for budget in asked]
     for budget in bound:
         if progress and isinstance(budget.model, DrawnModel):

@@ -182,9 +182,9 @@ def choose(
                 raise
             break
         rows = [tuple(row) for row in pool.tolist()]
-        for row, kept, own in zip(rows, pool.split(1), costs, strict=True):
+        for row, bits, own in zip(rows, pool, costs, strict=True):
             if row not in found:
-                found[row] = Candidate(kept, own, judge(kept))
+                found[row] = Candidate(bits[None], own, judge(bits[None]))
         seen = confirmed(budgets, [found[row] for row in rows if found[row] not in careful], best)
         careful |= seen
         if any(_excess(budgets, shares) <= 0 for shares in seen.values()):

@@ -353,9 +353,9 @@ class Steering:
         values = [(price.number("value"), price.number("accumulated")) for price in record.records("prices")]
         if len(values) != len(self.budgets) or len(self.starts) not in (0, len(self.budgets)):
             raise FileError(f"the checkpoint must have {len(self.budgets)} prices, got {len(values)}")
-        pairs = zip(self.prices, values, strict=True)
-        if any(number < 0 for price, pair in pairs if not price.signed for number in pair):
-            raise FileError(f"the checkpoint's prices must be >= 0, got {min(map(min, values)):g}")
+        unsigned = [pair for price, pair in zip(self.prices, values, strict=True) if not price.signed]
+        if any(number < 0 for pair in unsigned for number in pair):
+            raise FileError(f"the checkpoint's prices must be >= 0, got {min(map(min, unsigned)):g}")
         for price, pair in zip(self.prices, values, strict=True):
             price.value, price.accumulated = pair
         followed = [(target.number("value"), target.whole("seen")) for target in record.records("targets")]
