@@ -166,7 +166,7 @@ class BoundBudget:
     @property
     def told(self) -> str:
         """The limit with its unit, in a sentence."""
-        return f"{self.limit:.6g} {self.unit if self.limit == 1 else plural(self.unit)}"
+        return amount(self.limit, self.unit)
 
     @property
     def exact(self) -> bool:
@@ -250,6 +250,11 @@ def parse_cost(text: str) -> Cost:
         if name not in kinds:
             raise ConfigError(f"{match['name']} has the options {', '.join(kinds) or 'none'}, got {name!r}")
     return kind(**{name: _value(value, kinds[name], name) for name, value in given.items()})  # type: ignore[no-any-return]
+
+
+def amount(number: float, unit: str) -> str:
+    """A number with its unit, in a sentence."""
+    return f"{number:.6g} {unit if number == 1 else plural(unit)}".rstrip()
 
 
 def plural(unit: str) -> str:

@@ -24,7 +24,7 @@ from budgetnet.objectives import MOVING
 from budgetnet.optimizers import weight_groups
 from budgetnet.options import SearchOptions
 from budgetnet.report.records import Record
-from budgetnet.selection import check_together, confirmed, measured_to_fit
+from budgetnet.selection import Candidate, check_together, choose
 from budgetnet.sites import Policy, Threshold
 from budgetnet.steering import Steering, Sums, check_steerable, seeded
 from budgetnet.supernet import SuperNetwork
@@ -244,13 +244,20 @@ class Controller:
             over = options.epochs - options.finetune_epochs
             what = "an architecture is chosen once" if steering.chosen is not None else "choose comes after the search"
             raise ConfigError(f"{what}, at step {over}, got step {self.steps}")
-        generator = torch.Generator().manual_seed(options.seed)
-        pool, _ = measured_to_fit(
-            network, steering.budgets, count=options.candidates, generator=generator, pressed=steering.pressed
+
+        def best(some: Sequence[Candidate]) -> int:
+            return max(range(len(some)), key=lambda place: some[place].quality["score"])
+
+        _, chosen = choose(
+            network,
+            steering.budgets,
+            lambda kept: {"score": self._judged(judge, extract(network, kept), batches)},
+            best,
+            count=options.candidates,
+            generator=torch.Generator().manual_seed(options.seed),
+            pressed=steering.pressed,
         )
-        scores = [self._judged(judge, extract(network, row[None]), batches) for row in pool]
-        best = confirmed(steering.budgets, pool, lambda places: max(places, key=lambda place: scores[place]))
-        steering.chosen = pool[best : best + 1]
+        steering.chosen = chosen.kept
         used = network.used(steering.chosen)
         self.outcomes = [entry(budget, steering.chosen, used) for budget in steering.budgets]
         self.costs = {outcome["cost"]: outcome["value"] for outcome in self.outcomes}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from budgetnet import report
 from budgetnet.architectures import named
-from budgetnet.budgets import BoundBudget, cost_name, parse_cost
+from budgetnet.budgets import BoundBudget, Cost, cost_name, parse_cost
 from budgetnet.building import space_of_run
 from budgetnet.conditional import (
     ConditionalNetwork,
@@ -26,7 +26,7 @@ from budgetnet.conditional import (
     still_deciding,
     tune_fastest,
 )
-from budgetnet.costs import MACs, stopwatch
+from budgetnet.costs import Function, MACs, stopwatch
 from budgetnet.costs.latency import LatencyModel
 from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.data import Batches, Dataset
@@ -307,7 +307,7 @@ def evaluate_gates(
 
     Source: Herrmann et al., section 3.3 and Figures 11, 12.
     """
-    asked = [parse_cost(text) for text in costs]
+    asked = _asked(costs, data, batch_size)
     generator = torch.Generator().manual_seed(inference.seed)
     if recalibration:
         batches = Batches(data.train, batch_size=batch_size, seed=inference.seed).several(recalibration)
@@ -329,6 +329,15 @@ def evaluate_gates(
         "units": {cost_name(cost): cost.unit for cost in asked},
         "activation": sum(seen.rates) / max(1, len(seen.rates)),
     }
+
+
+def _asked(costs: Sequence[str], data: Dataset, batch_size: int) -> list[Cost]:
+    """Costs as they are written in budgets; those that read examples are measured on the test images, in any order."""
+    looked_at = Batches(data.test, batch_size=batch_size, drop_last=False)
+    parsed = [parse_cost(text) for text in costs]
+    return [
+        cost.on(lambda: (x for x, _ in looked_at.epoch(0))) if isinstance(cost, Function) else cost for cost in parsed
+    ]
 
 
 @torch.no_grad()
@@ -408,7 +417,7 @@ def evaluate_architecture(
     kept = named(network, str(run.path / "architecture.json"))
     batches = Batches(data.test, batch_size=batch_size, shuffle=False)
     plain = load_file(run.path / "network.pt2")
-    asked = [parse_cost(text) for text in costs]
+    asked = _asked(costs, data, batch_size)
     return {
         "policy": "chosen",
         "tau": None,

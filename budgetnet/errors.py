@@ -27,7 +27,7 @@ class FileError(BudgetnetError, ValueError):
 
 
 class UnreachableBudget(BudgetnetError, ValueError):
-    """No architecture of the space keeps the budget.
+    """No architecture of the space keeps the budget, or none was found that does.
 
     Args:
         message: what binds.

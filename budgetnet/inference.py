@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from budgetnet.budgets import TOLERANCE, BoundBudget, CostModel
+from budgetnet.checks import at_least
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.evaluation import Examples, evaluate
 from budgetnet.sites import AlwaysOn, Policy, Sample, Threshold
@@ -54,8 +55,7 @@ class Inference:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be {' or '.join(POLICIES)}, got {self.policy!r}")
-        if not isinstance(self.runs, int) or self.runs < 1:
-            raise ConfigError(f"runs must be a whole number >= 1, got {self.runs!r}")
+        at_least(1, runs=self.runs)
         Threshold(self.tau)
 
     def deciders(self, examples: int, generator: torch.Generator) -> list[Policy]:

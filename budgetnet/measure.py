@@ -39,7 +39,7 @@ def measure_network(
     """Costs of one architecture of a space.
 
     Args:
-        network: the space, whose weights do not matter to what is counted.
+        network: the space, whose weights do not matter to what is counted, but may to a function of one's own.
         kept: `(1, G)` decisions.
         costs: as written in budgets; those that a real network shows are measured.
         full: milliseconds of the full network on the machine as it was: those that are measured are of then.
@@ -51,7 +51,7 @@ def measure_network(
         it was "slowness": how many times as slow it is now.
 
     Raises:
-        ConfigError: a cost is unknown, or the architecture connects nothing.
+        ConfigError: a cost is unknown or reads examples, or the architecture connects nothing.
     """
     if not bool(network.connects(network.used(kept))[0]):
         raise ConfigError("an architecture to measure must connect input and output, got one that does not")
@@ -61,6 +61,8 @@ def measure_network(
     measured: dict[str, dict[str, float]] = {}
     for text in costs:
         cost = parse_cost(text)
+        if isinstance(cost, Function) and cost.of == "examples":
+            raise ConfigError(f"{text} reads examples, and measure has none: evaluate measures it on test images")
         if isinstance(cost, Latency) and cost in then:
             found = cost.compared(network, kept, then[cost])
             measured[text] = {**found.told(), "slowness": found.slowness}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from budgetnet.checks import at_least
 from budgetnet.errors import ConfigError
 
 BASELINES = ("leave-one-out", "batch-mean")
@@ -133,7 +134,8 @@ class Price:
         proportional, integral: gains, in loss per unit of relative excess (and step); >= 0.
         fixed: the papers' constant lambda in place of all that, None to find the price.
         value: the price now.
-        accumulated: the integral part of it, >= 0.
+        accumulated: the integral part of it.
+        signed: whether both may fall below 0, as the multiplier of a target does while the cost is too low; else >= 0.
 
     Source: BSN, Eq. 2 for lambda; Stooke et al., arXiv:2007.03964, for the proportional-integral update.
     """
@@ -143,6 +145,7 @@ class Price:
     fixed: float | None = None
     value: float = 0.0
     accumulated: float = 0.0
+    signed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("proportional", "integral", "fixed"):
@@ -155,8 +158,9 @@ class Price:
     def update(self, excess: float) -> None:
         """Moves the price after a batch whose mean cost is `1 + excess` times the limit."""
         if self.fixed is None:
-            self.accumulated = max(0.0, self.accumulated + self.integral * excess)
-            self.value = max(0.0, self.accumulated + self.proportional * excess)
+            least = -math.inf if self.signed else 0.0
+            self.accumulated = max(least, self.accumulated + self.integral * excess)
+            self.value = max(least, self.accumulated + self.proportional * excess)
 
 
 def annealed(start: float, limit: float, progress: float) -> float:
@@ -192,7 +196,7 @@ class SteppedTarget:
             raise ConfigError(f"start must lie between the target {self.target} and 1, got {self.start}")
         if not 0 < self.fall <= 1:
             raise ConfigError(f"fall must lie in (0, 1], got {self.fall}")
-        _check_count("every", self.every)
+        at_least(1, every=self.every)
 
     def __call__(self, epoch: float) -> float:
         """The target at a position of `epoch` epochs, >= 0; a batch inside an epoch has a fraction."""
@@ -262,7 +266,7 @@ def gate_weight_decay(gates: int) -> float:
 
     Source: batch activation gating, section 4.1; the reason is in section 3.2.
     """
-    _check_count("gates", gates)
+    at_least(1, gates=gates)
     return 20 / gates * 1e-4
 
 
@@ -335,8 +339,3 @@ def _check_share(name: str, value: float) -> None:
 def _check_epoch(epoch: float) -> None:
     if not 0 <= epoch < math.inf:
         raise ConfigError(f"epoch must be a number >= 0, got {epoch}")
-
-
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or count < 1:
-        raise ConfigError(f"{name} must be a whole number >= 1, got {count}")

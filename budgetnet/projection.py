@@ -74,11 +74,10 @@ def probable(
             whole = filled(network, budgets, torch.tensor([row]), logits, wanted.clone())
             unique[tuple(whole[0].tolist())] = None
     if not unique:
-        tightest = min(budgets, key=lambda budget: budget.limit / max(budget.full, 1e-12))
-        raise UnreachableBudget(
-            f"no architecture of {network.name} was found that keeps all budgets; the tightest is "
-            f"{tightest.name} at {tightest.told}"
-        )
+        alone = [budget for budget in budgets if not len(mend(network, [budget], mode, logits))]
+        told = " and ".join(f"{budget.name} at {budget.told}" for budget in alone or budgets)
+        together = "" if alone else " together"
+        raise UnreachableBudget(f"no architecture of {network.name} was found that keeps {told}{together}")
     return torch.tensor(list(unique))
 
 

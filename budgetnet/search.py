@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from budgetnet.architectures import named
-from budgetnet.budgets import Budget, check_reachable
+from budgetnet.budgets import Budget, check_reachable, cost_name
 from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel
 from budgetnet.costs.latency import LatencyModel
@@ -45,7 +45,7 @@ def search(
     command: str | None = None,
     progress: Progress | None = None,
 ) -> Found:
-    """Learns architecture and weights together, and returns the plain network that keeps every budget.
+    """Learns architecture and weights together, and returns the plain network that was found under the budgets.
 
     Args:
         space: the network with choices; learned on a copy.
@@ -58,6 +58,10 @@ def search(
         resume: take up the run in `out` where it was stopped.
         command: what the user typed, kept with the run.
         progress: is told how it goes.
+
+    Returns:
+        The network, and what it costs: `result["budgets"][i]["met"]` is False where budget i is not kept after all, as
+        only a cost that has to be measured may not be, or one of an `architecture` that was given.
 
     Raises:
         ConfigError: space, data and options do not fit together, or `out` holds another run.
@@ -79,6 +83,9 @@ def search(
         network.gates.reset(float(options.gate_start or 0.0))
     if progress and any(isinstance(budget.cost, Latency) for budget in asked):
         progress.say(f"timing the modules of {space.name} on this machine")
+    for each in asked:
+        if progress and each.drawn:
+            progress.say(f"calling {cost_name(each.cost)} for networks of all sizes")
     bound = [budget.bind(network) for budget in asked]
     for budget in bound:
         if progress and isinstance(budget.model, DrawnModel):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ NEAR = 6
 ATTEMPTS = 5
 ORDERS = 16
 """Random orders in which the full network is cut before budgets are said to contradict each other."""
-CONFIRMED = 5
-"""Candidates that are measured with more care, at most, before one is taken that may not quite keep its limits."""
+CONFIRMED, ROUNDS = 5, 3
+"""Candidates that are measured with more care before others are looked for, at most, and how often these are."""
 TIGHTER = 0.85
 """A limit on predictions becomes so many times as large where no other architectures are found below it."""
 
@@ -121,36 +122,94 @@ def measured_to_fit(
         smallest = torch.cat([budget.cheapest(network) for budget in budgets])
         seen.add(seen.new(trimmed(network, smallest)))
     if not seen.good:
-        limits = ", ".join(f"{budget.name} at {budget.told}" for budget in budgets)
-        raise UnreachableBudget(
-            f"of {len(seen.cost)} networks of {network.name} that were measured none keeps {limits}"
-        )
+        count = len(seen.high)
+        raise UnreachableBudget(f"of {count} networks of {network.name} that were measured none keeps {seen.broken()}")
     best = seen.good[:count]
     return torch.tensor(best), [seen.cost[row] for row in best]
 
 
-def confirmed(budgets: Sequence[BoundBudget], pool: Tensor, best: Callable[[Sequence[int]], int]) -> int:
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An architecture that keeps the budgets as it was measured.
+
+    Attributes:
+        kept: `(1, G)`.
+        costs: in the budgets' order.
+        quality: on validation data.
+    """
+
+    kept: Tensor
+    costs: list[float]
+    quality: dict[str, float]
+
+
+def choose(
+    network: SuperNetwork,
+    budgets: Sequence[BoundBudget],
+    judge: Callable[[Tensor], dict[str, float]],
+    best: Callable[[Sequence[Candidate]], int],
+    *,
+    count: int,
+    generator: torch.Generator,
+    pressed: bool = False,
+) -> tuple[list[Candidate], Candidate]:
     """Of candidates the best that keeps the budgets also when it is measured with more care.
+
+    Where the best ones all break a budget, others are looked for below tighter limits, `ROUNDS` times in all.
+
+    Args:
+        network: the space.
+        budgets: of it.
+        judge: the quality of an architecture, `(1, G)`, on validation data.
+        best: which one is of some.
+        count: as in `probable`, like the two others.
+        generator: likewise.
+        pressed: likewise.
+
+    Returns:
+        All candidates, and the one that is chosen; where all that were measured with more care break a budget, the one
+        that does so least.
+
+    Raises:
+        UnreachableBudget: none was found that keeps all budgets together.
+    """
+    found, careful, wanted = dict[tuple[float, ...], Candidate](), dict[Candidate, list[float]](), list(budgets)
+    for _ in range(ROUNDS):
+        try:
+            pool, costs = measured_to_fit(network, wanted, count=count, generator=generator, pressed=pressed)
+        except UnreachableBudget:
+            if not found:
+                raise
+            break
+        rows = [tuple(row) for row in pool.tolist()]
+        for row, bits, own in zip(rows, pool, costs, strict=True):
+            if row not in found:
+                found[row] = Candidate(bits[None], own, judge(bits[None]))
+        seen = confirmed(budgets, [found[row] for row in rows if found[row] not in careful], best)
+        careful |= seen
+        if any(_excess(budgets, shares) <= 0 for shares in seen.values()):
+            break
+        wanted = _tightened(wanted, list(seen.values()))
+    return list(found.values()), min(careful, key=lambda one: _excess(budgets, careful[one]))
+
+
+def confirmed(
+    budgets: Sequence[BoundBudget], candidates: Sequence[Candidate], best: Callable[[Sequence[Candidate]], int]
+) -> dict[Candidate, list[float]]:
+    """Measures candidates with more care, the best ones first, until one keeps the budgets: `CONFIRMED` at most.
 
     Of many that were measured the one that leaves least of a limit is mostly one that was measured too low.
 
-    Args:
-        budgets: that they keep as they were measured.
-        pool: `(n, G)` candidates.
-        best: which one is of some, by their numbers.
-
     Returns:
-        Its number; where the best `CONFIRMED` all break a budget, that of the one that does so least.
+        Of each that was measured what it may cost, as shares of the budgets' limits.
     """
-    over, left = dict[int, float](), list(range(len(pool)))
-    while left and len(over) < CONFIRMED:
-        place = best(left)
-        left.remove(place)
-        kept = pool[place : place + 1]
-        over[place] = max((_excess(budget, kept) for budget in budgets), default=0.0)
-        if over[place] <= 0:
+    left, seen = list(candidates), dict[Candidate, list[float]]()
+    while left and len(seen) < CONFIRMED:
+        one = left.pop(best(left))
+        seen[one] = [_share(budget, one.kept) for budget in budgets]
+        if _excess(budgets, seen[one]) <= 0:
             break
-    return min(over, key=lambda place: over[place])
+    return seen
 
 
 class Seen:
@@ -184,6 +243,16 @@ class Seen:
         self.good.sort(key=lambda row: room(self.budgets, self.high[row]))
         return list(highs)
 
+    def broken(self) -> str:
+        """The budgets that all break, with what comes nearest to each; all budgets where each is kept by some."""
+        told = []
+        for budget, costs in zip(self.budgets, zip(*self.high.values(), strict=True), strict=True):
+            if not bool(budget.met(torch.tensor(costs, dtype=torch.float64)).any()):
+                nearest = min(costs) if budget.upper else min(costs, key=lambda cost: abs(cost - budget.limit))
+                takes = f"the {'least may take' if budget.upper else 'nearest takes'} {nearest:.6g}"
+                told.append(f"{budget.name} at {budget.told}: {takes}")
+        return "; ".join(told) or f"{' and '.join(f'{each.name} at {each.told}' for each in self.budgets)} together"
+
 
 def _drawn(
     network: SuperNetwork, budgets: Sequence[BoundBudget], *, count: int, generator: torch.Generator, pressed: bool
@@ -208,12 +277,28 @@ def _moved(budget: BoundBudget, ratio: float, tighter: float) -> BoundBudget:
     return replace(budget, limit=budget.limit / ratio * (tighter * (1 - CLOSE / 2) if budget.upper else 1))
 
 
-def _excess(budget: BoundBudget, kept: Tensor) -> float:
-    """By which share of its limit an architecture, `(1, G)`, may break a measured budget, <= 0 where it keeps it."""
+def _tightened(budgets: Sequence[BoundBudget], seen: Sequence[Sequence[float]]) -> list[BoundBudget]:
+    """The same budgets for architectures that cost more than was measured: `seen` shares of the limits in its place."""
+    moved = []
+    for place, budget in enumerate(budgets):
+        shares = [own[place] for own in seen] or [1 / TIGHTER if budget.upper else 1.0]
+        ratio = max(1.0, *shares) if budget.upper else median(shares)
+        moved.append(_moved(budget, min(1 / TIGHTER, max(TIGHTER, ratio)), 1.0))
+    return moved
+
+
+def _share(budget: BoundBudget, kept: Tensor) -> float:
+    """The share of its limit that an architecture, `(1, G)`, may take, measured with more care; 1 if counted."""
     if not isinstance(budget.model, MeasuredModel):
-        return 0.0
+        return 1.0
     found = budget.model.report(kept)
-    return found.high / budget.limit - 1 if budget.upper else abs(found.value / budget.limit - 1) - TOLERANCE
+    return (found.high if budget.upper else found.value) / budget.limit
+
+
+def _excess(budgets: Sequence[BoundBudget], shares: Sequence[float]) -> float:
+    """By which share of a limit an architecture that takes such shares breaks it, <= 0 where it keeps all."""
+    pairs = zip(budgets, shares, strict=True)
+    return max((share - 1 if each.upper else abs(share - 1) - TOLERANCE for each, share in pairs), default=0.0)
 
 
 def _measured(network: SuperNetwork, budget: BoundBudget, kept: Tensor) -> tuple[Tensor, Tensor]:

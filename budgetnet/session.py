@@ -24,7 +24,7 @@ from budgetnet.projection import keeps, room
 from budgetnet.report.records import Record
 from budgetnet.report.run import Run
 from budgetnet.runs import RunFolder
-from budgetnet.selection import confirmed, measured_to_fit
+from budgetnet.selection import Candidate, choose
 from budgetnet.sites import entropy
 from budgetnet.steering import Sums, seeded
 from budgetnet.training import Learner
@@ -291,35 +291,31 @@ class Session:
         Among those that the validation images cannot tell from the best, the one that leaves the least of its
         tightest budget: there is fine-tuning to come. What is measured is measured again with more care.
         """
-        generator = torch.Generator().manual_seed(self.options.seed)
-        pool, costs = measured_to_fit(
+        measure = "mean_iou" if self.data.task == "segmentation" else "accuracy"
+
+        def best(some: Sequence[Candidate]) -> int:
+            rooms = [room(self.budgets, one.costs) for one in some]
+            return best_of([one.quality[measure] for one in some], rooms, images=len(self.data.validation))
+
+        found, chosen = choose(
             self.network,
             self.budgets,
+            lambda kept: self.judge(kept, afresh=True),
+            best,
             count=self.options.candidates,
-            generator=generator,
+            generator=torch.Generator().manual_seed(self.options.seed),
             pressed=self.learner.pressed,
         )
-        qualities = [self.judge(kept[None], afresh=True) for kept in pool]
-        measure = "mean_iou" if self.data.task == "segmentation" else "accuracy"
-        scores = [quality[measure] for quality in qualities]
-        rooms = [room(self.budgets, own) for own in costs]
-
-        def best_among(places: Sequence[int]) -> int:
-            own = [(scores[place], rooms[place]) for place in places]
-            return places[best_of(*zip(*own, strict=True), images=len(self.data.validation))]
-
-        best = confirmed(self.budgets, pool, best_among)
-        used = self.network.used(pool)
         self.candidates = [
             {
-                "costs": {budget.name: cost for budget, cost in zip(self.budgets, costs[place], strict=True)},
-                "validation": quality,
-                "chosen": place == best,
+                "costs": {budget.name: cost for budget, cost in zip(self.budgets, one.costs, strict=True)},
+                "validation": one.quality,
+                "chosen": one is chosen,
             }
-            for place, quality in enumerate(qualities)
+            for one in found
         ]
-        self.learner.choose(pool[best : best + 1])
-        self.settle(used[best : best + 1])
+        self.learner.choose(chosen.kept)
+        self.settle(self.network.used(chosen.kept))
 
     def settle(self, used: Tensor) -> None:
         """Sets the batch norms of an architecture, `(1, U)` used units, to what its own activations are."""

@@ -28,7 +28,6 @@ from budgetnet.objectives import (
     per_architecture,
     per_gate,
     score_function_loss,
-    squared,
 )
 from budgetnet.optimizers import load_optimizer, optimizer_state
 from budgetnet.options import DEFAULTS, SearchOptions
@@ -114,7 +113,11 @@ class Steering:
             network.gates.parameters(), lr=options.gate_rate, weight_decay=self.gate_decay
         )
         fixed = None if options.price == "dual" else options.price
-        self.prices = [Price(options.proportional, options.integral, fixed) for _ in budgets]
+        signed = fixed is None and options.penalty == "price"  # then a target's price has the sign of what is wrong
+        self.prices = [
+            Price(options.proportional, options.integral, fixed, signed=signed and not budget.upper)
+            for budget in budgets
+        ]
         moving = options.target in MOVING
         begin = options.target_start
         shares = [min(1.0, b.limit / b.full) if begin is None else begin for b in budgets if moving]
@@ -210,9 +213,9 @@ class Steering:
                 direct = direct + price.value * self._penalty(budget, cost, limit, kept)
             else:
                 sampled = True
-                penalty = penalty + price.value * budget.penalty(cost, limit)
+                penalty = penalty + price.value * (cost / limit - 1 if price.signed else budget.penalty(cost, limit))
             mean = float(cost.detach().mean())
-            price.update(mean / limit - 1 if budget.upper else abs(mean / limit - 1))
+            price.update(mean / limit - 1 if budget.upper or price.signed else abs(mean / limit - 1))
             if self.targets:
                 self.targets[place].update(mean / budget.full)
         hard = kept.detach()
@@ -300,10 +303,9 @@ class Steering:
                 return per_gate(kept, share)
             squares = batch_activation if self.options.penalty == "batch-activation" else const_quad
             return squares(cost / budget.full, share)
-        if self.options.price != "dual":  # nothing takes a fixed price back once the limit is kept
+        if self.options.price != "dual":  # nothing takes a fixed price back once the budget is kept
             return budget.penalty(cost, limit).mean()
-        excess = cost.mean() / limit - 1
-        return excess if budget.upper else squared(excess)
+        return cost.mean() / limit - 1
 
     def _baseline(self, total: float) -> str | float:
         """What this batch's samples are compared with; `total` is their mean loss and penalty."""
@@ -363,8 +365,9 @@ class Steering:
         values = [(price.number("value"), price.number("accumulated")) for price in record.records("prices")]
         if len(values) != len(self.budgets) or len(self.starts) not in (0, len(self.budgets)):
             raise FileError(f"the checkpoint must have {len(self.budgets)} prices, got {len(values)}")
-        if any(number < 0 for pair in values for number in pair):
-            raise FileError(f"the checkpoint's prices must be >= 0, got {min(map(min, values)):g}")
+        unsigned = [pair for price, pair in zip(self.prices, values, strict=True) if not price.signed]
+        if any(number < 0 for pair in unsigned for number in pair):
+            raise FileError(f"the checkpoint's prices must be >= 0, got {min(map(min, unsigned)):g}")
         for price, pair in zip(self.prices, values, strict=True):
             price.value, price.accumulated = pair
         followed = [(target.number("value"), target.whole("seen")) for target in record.records("targets")]

@@ -90,7 +90,7 @@ def test_limits_that_are_no_number_above_zero(given):
         ("layers:2<=5", "layers takes no option, got 'layers:2'"),
         ("steps[cores=2]<=5", "steps has the options workers, got 'cores'"),
         ("steps[workers=two]<=5", "workers must be a whole number, got 'two'"),
-        ("steps:0<=5", "workers must be >= 1, got 0"),
+        ("steps:0<=5", "workers must be a whole number >= 1, got 0"),
         ("macs:free<=5", "macs are counted true or paper, got 'free'"),
     ],
 )

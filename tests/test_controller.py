@@ -309,15 +309,17 @@ def test_the_best_of_the_candidates_by_the_judge_is_chosen():
 def test_where_the_best_breaks_a_limit_when_measured_with_more_care_the_next_best_is_chosen(monkeypatch):
     one, seen = finished(), list[float]()
 
-    def second(budgets, pool, best):
+    def second(budgets, candidates, best):
         assert budgets is one.steering.budgets
-        return best([place for place in range(len(pool)) if place != best(range(len(pool)))])
+        first = candidates[best(candidates)]
+        others = [one for one in candidates if one is not first]
+        return {first: [1.1], others[best(others)]: [0.9]}
 
     def judge(plain: nn.Module) -> float:
         seen.append(small(plain))
         return seen[-1]
 
-    monkeypatch.setattr("budgetnet.controller.confirmed", second)
+    monkeypatch.setattr("budgetnet.selection.confirmed", second)
     one.choose(judge)
     assert small(one.network()) == sorted(seen)[-2]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet import Budget, Edge, Node, SuperNetwork
-from budgetnet.costs import MACs, Params, Steps
+from budgetnet.costs import MACs, Params, Schedule, Steps
 from budgetnet.costs.additive import EdgeCost
 from budgetnet.costs.steps import StepCost
 from budgetnet.errors import ConfigError
@@ -342,7 +342,12 @@ def test_where_fixed_edges_connect_the_cheapest_keeps_no_gate():
     ("make", "message"),
     [
         (lambda: MACs("half"), "macs are counted true or paper, got 'half'"),
-        (lambda: Steps(0), "workers must be >= 1, got 0"),
+        (lambda: Steps(0), "workers must be a whole number >= 1, got 0"),
+        (lambda: Steps(1.5), "workers must be a whole number >= 1, got 1.5"),
+        (lambda: Steps("2"), "workers must be a whole number >= 1, got '2'"),
+        (lambda: Schedule(workers=True), "workers must be a whole number >= 1, got True"),
+        (lambda: Schedule(speeds=4), "speeds must be 2 numbers > 0 with : between, got 4"),
+        (lambda: Schedule(link="fast"), "link must be > 0 MB/s, got 'fast'"),
         (lambda: StepCost(Graph(("x", "y"), ((0, 1),), 0, 1), (2,), (0, 0), 1), "takes 0 or 1 steps, got 2"),
         (lambda: StepCost(Graph(("x", "y"), ((0, 1),), 0, 1), (1,), (0, -1), 1), "takes 0 or 1 steps, got -1"),
     ],

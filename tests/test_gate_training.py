@@ -201,6 +201,28 @@ def test_a_cost_without_a_gradient_enters_through_the_score_function():
     assert penalty.std() > 0
 
 
+@pytest.mark.parametrize("wanted", ["more", "fewer"])
+def test_a_search_comes_to_its_target_from_either_side_and_stays(wanted: str):
+    """A squared distance at a price that only ever rises ends where its slope is that of the loss, 7 to 15 % away."""
+    one = learner(small_resnet, "macs~=50%", gate_start=1.0)
+    network, (budget,) = one.network, one.budgets
+    one.begin_search()
+    costs, params, steps = list[float](), bn.costs.Params().bind(network), 200
+    full = float(params(network.used(network.architecture("full")))[0])
+    for place in range(steps):
+        policy = one.policy("search", 64, torch.Generator().manual_seed(place))
+        kept = policy(network.gates.logits, slice(0, network.gate_count))
+        share = params(network.pathwise(kept)).float() / full
+        sums, losses = Sums(), 1 - share if wanted == "more" else 1 + share
+        one.gate_optimizer.zero_grad()
+        one.search_objective(losses, kept, min(1.0, 2 * place / steps), 0.0, sums).backward()
+        one.step_gates()
+        costs.append(sums.costs[0] / sums.samples / budget.limit)
+    assert sum(costs[-30:]) / 30 == pytest.approx(1, abs=0.03)
+    assert all(abs(cost - 1) < 0.08 for cost in costs[-30:])
+    assert (one.prices[0].accumulated > 0) == (wanted == "more")
+
+
 def test_exploration_pulls_gates_under_gumbel_too():
     losses_of = {}
     for weight in (0.0, 0.8):

@@ -279,7 +279,7 @@ def test_deciding_costs_something_where_it_is_counted(pairs: bool, memory: bool)
 @pytest.mark.parametrize("build", [blocks, two_exits])
 def test_parameters_are_held_whatever_an_example_uses(build):
     with pytest.raises(
-        ConfigError, match=r"^params needs gates that do not look at the input, and own has such gates$"
+        ConfigError, match=r"^params cannot be a cost where gates look at the input, as those of own do$"
     ):
         Budget(Params(), at_most="75%").bind(build())
     assert Budget(Params(), at_most="75%").bind(two_exits(conditional=False)).full > 0

@@ -65,6 +65,7 @@ def run(network, x, policy):
         ({"policy": "majority"}, "policy must be threshold or stochastic or always-on or ensemble, got 'majority'"),
         ({"tau": 1.5}, r"tau must lie in \[0, 1\], got 1.5"),
         ({"runs": 0}, "runs must be a whole number >= 1, got 0"),
+        ({"runs": True}, "runs must be a whole number >= 1, got True"),
     ],
 )
 def test_ways_to_decide_are_checked_when_they_are_made(given, message):

@@ -32,7 +32,7 @@ from budgetnet.export import export, onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.onnx_pieces import Piece, Pieces
 from budgetnet.runs import RunFolder
-from budgetnet.selection import confirmed, measured_to_fit
+from budgetnet.selection import Candidate, choose, confirmed, measured_to_fit
 from budgetnet.steering import Steering
 from budgetnet.timing import Timing
 
@@ -784,18 +784,72 @@ class Careful(Off):
         ([0.94, 1.06, 1.05 - 1e-9], False, 2),
     ],
 )
-def test_the_best_candidate_that_keeps_its_limits_when_measured_with_more_care_is_chosen(shares, upper, taken):
+def test_the_best_candidate_that_keeps_its_limits_when_measured_with_more_care_is_chosen(
+    shares, upper, taken, monkeypatch
+):
+    """Of one drawing of candidates, the likeliest of which is the sixth."""
     space = SPACES["channels"]()
     pool = torch.zeros(8, space.gate_count)
     for place in range(8):
         pool[place, : place + 1] = 1
+    monkeypatch.setattr("budgetnet.selection.measured_to_fit", lambda *_, **__: (pool, [[0.0, 0.0]] * 8))
+    monkeypatch.setattr("budgetnet.selection.ROUNDS", 1)
     counted = bn.Budget(MACs(), at_most="50%").bind(space)
     model = Careful(space, counted.limit, *shares)
     budget = dataclasses.replace(counted, model=model, upper=upper)
     order = [3, 5, 1, 0, 7, 6, 2, 4]
-    assert confirmed([counted, budget], pool, lambda places: min(places, key=order.index)) == order[taken]
+
+    def best(some: Sequence[Candidate]) -> int:
+        return min(range(len(some)), key=lambda one: some[one].quality["order"])
+
+    def judge(kept: Tensor) -> dict[str, float]:
+        return {"order": order.index(int(kept.sum()) - 1)}
+
+    given = {"count": 8, "generator": generator()}
+    found, chosen = choose(space, [counted, budget], judge, best, **given)
+    assert len(found) == 8
+    assert chosen.quality["order"] == taken
     assert model.asked == [order[place] + 1 for place in range(len(shares))]
-    assert confirmed([counted], pool, max) == 7  # what is counted is as it is
+    assert choose(space, [counted], judge, lambda some: 7, **given)[1] is not None  # what is counted is as it is
+    assert confirmed([counted], found, lambda some: 7) == {found[7]: [1.0]}
+
+
+class Understated(Off):
+    """What is measured to fit takes so many times as much when it is measured with more care."""
+
+    def __init__(self, space: bn.SuperNetwork, share: float) -> None:
+        super().__init__(space, 1.0)
+        self.really, self.reported = share, 0
+
+    def report(self, kept: Tensor) -> Measured:
+        self.reported += 1
+        return self.measure(kept)[0].times(self.really)
+
+
+@pytest.mark.parametrize(
+    ("share", "upper", "kept"), [(1.1, True, True), (1.3, True, True), (2.0, True, False), (1.1, False, True)]
+)
+def test_where_all_candidates_break_a_limit_when_measured_with_more_care_smaller_ones_are_looked_for(
+    share, upper, kept
+):
+    """A bounded number of times: then it is the one that breaks it least."""
+    space = SPACES["channels"]()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        space.gates.values.copy_(2 * torch.randn_like(space.gates.values).abs())
+    model = Understated(space, share)
+    budget = dataclasses.replace(bn.Budget(MACs(), at_most="50%").bind(space), model=model, upper=upper)
+    given = {"count": 6, "generator": generator()}
+    found, chosen = choose(space, [budget], lambda kept: {}, lambda some: 0, **given)
+    assert model.reported <= 15
+    assert len({tuple(one.kept[0].tolist()) for one in found}) == len(found)
+    value = {one: model.report(one.kept) for one in found}
+    if not kept:
+        assert value[chosen].high == min(each.high for each in value.values()) > budget.limit
+    elif upper:
+        assert 0.8 < value[chosen].high / budget.limit <= 1
+    else:
+        assert abs(value[chosen].value / budget.limit - 1) <= 0.05
 
 
 def test_where_few_networks_lie_below_a_limit_smaller_ones_are_measured():
@@ -816,8 +870,12 @@ def test_what_was_measured_to_fit_is_taken_though_nothing_smaller_is_there(share
 
 def test_a_limit_that_no_measured_network_keeps_is_told_as_it_was_asked():
     space = bn.spaces.resnet(depth=8, channels=8, image_size=8)
-    with pytest.raises(UnreachableBudget, match=r"of \d+ networks of resnet that were measured none keeps macs at "):
-        measured(space, "20%", Off(space, 9.0))
+    counted = bn.Budget(MACs(), at_most="20%").bind(space)
+    slow = dataclasses.replace(counted, name="slow", model=Off(space, 9.0))
+    path = 9 * 1.005 * float(counted.model(space.used(slow.cheapest(space)))[0])
+    line = rf"^of \d+ networks of resnet that were measured none keeps slow at {slow.limit:.6g} ms: "
+    with pytest.raises(UnreachableBudget, match=line + rf"the least may take {path:.6g}$"):
+        measured_to_fit(space, [counted, slow], count=6, generator=generator())
 
 
 def test_a_limit_is_refused_by_what_the_smallest_network_really_takes():
@@ -928,7 +986,7 @@ def test_wrong_options_give_one_clear_line(given: dict[str, object], line: str):
 
 def test_gates_that_look_at_the_input_have_no_latency_of_their_own():
     space = bn.spaces.resnet(depth=8, channels=8, image_size=8, conditional=True)
-    with pytest.raises(ConfigError, match="latency needs gates that do not look at the input"):
+    with pytest.raises(ConfigError, match="latency cannot be a cost where gates look at the input"):
         Latency().bind(space)
 
 

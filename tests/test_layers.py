@@ -10,8 +10,8 @@ import pytest
 import budgetnet
 
 LAYERS = (
-    *("errors", "version", "files", "graph", "sites", "blocks", "gated", "choices", "rows", "shapes", "supernet"),
-    *("spaces", "weights", "extraction", "timing", "export", "onnx_pieces", "assembly", "costs"),
+    *("errors", "checks", "version", "files", "graph", "sites", "blocks", "gated", "choices", "rows", "shapes"),
+    *("supernet", "spaces", "weights", "extraction", "timing", "export", "onnx_pieces", "assembly", "costs"),
     *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
     *("projection", "selection", "runs", "building", "architectures", "measure"),
     *("report", "optimizers", "steering", "training", "session", "delivery", "search", "controller", "console", "cli"),

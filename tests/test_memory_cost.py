@@ -488,7 +488,9 @@ def test_memory_that_cannot_be_told():
         Memory("gpu")
     network = densenet_exits(depth=10, growth=4, exit_channels=8)
     for of in ("total", "file"):
-        with pytest.raises(ConfigError, match="memory needs gates that do not look at the input, and densenet_exits"):
+        with pytest.raises(
+            ConfigError, match="memory cannot be a cost where gates look at the input, as those of dense"
+        ):
             Memory(of).bind(network)
 
 

@@ -194,6 +194,16 @@ def test_the_price_rises_over_the_limit_and_falls_back_to_nothing_under_it(exces
     assert (price.accumulated, price.value) == (pytest.approx(0), 0)
 
 
+@given(st.lists(st.floats(-1, 2), max_size=20), st.floats(0, 20), st.floats(0, 1))
+def test_the_price_of_a_target_is_the_sum_of_excesses_with_its_sign(excesses, proportional, integral):
+    price, total = Price(proportional=proportional, integral=integral, signed=True), 0.0
+    for excess in excesses:
+        price.update(excess)
+        total += integral * excess
+        assert price.accumulated == total
+        assert price.value == total + proportional * excess
+
+
 def test_a_fixed_price_stays():
     price = Price(fixed=0.25)
     price.update(5.0)

@@ -495,7 +495,7 @@ def test_a_schedule_is_asked_for_by_name():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("schedule:0", "workers must be >= 1, got 0"),
+        ("schedule:0", "workers must be a whole number >= 1, got 0"),
         ("schedule[durations=ms]", "durations must be macs or unit, got 'ms'"),
         ("schedule[order=random]", "order must be list or critical, got 'random'"),
         ("schedule[speeds=1:2:3]", "speeds must be 2 numbers > 0 with : between, got '1:2:3'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -245,11 +246,13 @@ def test_budgets_that_cannot_be_kept_together_are_told():
     assert keeps(network, [few], bits).any()
     assert keeps(network, [many], bits).any()
     assert not keeps(network, [few, many], bits).any()
-    message = (
-        r"no architecture of conv_fabric was found that keeps all budgets; the tightest is params at \d+.* parameter"
-    )
+    keeps_none = r"^no architecture of conv_fabric was found that keeps "
+    message = keeps_none + r"params at [\d.]+ parameters and macs at [\d.]+ MACs together$"
     with pytest.raises(UnreachableBudget, match=message):
         probable(network, [few, many], count=4, generator=generator())
+    much = replace(many, limit=2 * many.full)  # which no network comes to, though of the other a smaller share is left
+    with pytest.raises(UnreachableBudget, match=keeps_none + r"macs at [\d.]+ MACs$"):
+        probable(network, [few, much], count=4, generator=generator())
 
 
 def test_candidates_are_a_function_of_the_generator():

@@ -18,6 +18,7 @@ from budgetnet.report.architecture import Architecture
 from budgetnet.report.gate_figures import chances
 from budgetnet.report.records import read_json
 from budgetnet.runs import RunFolder
+from budgetnet.selection import Candidate
 from budgetnet.session import Session
 from budgetnet.steering import Sums
 from budgetnet.training import Learner
@@ -114,19 +115,22 @@ def test_what_is_chosen_was_judged_with_batch_norms_of_its_own_and_goes_on_with_
 
 def test_a_candidate_that_breaks_a_limit_when_measured_with_more_care_is_not_chosen(tmp_path, monkeypatch):
     """Then it is the best of the others."""
-    chosen: list[int] = []
+    asked: list[Candidate] = []
 
-    def second(budgets, pool, best):
-        first = best(range(len(pool)))
-        chosen.extend([first, best([place for place in range(len(pool)) if place != first])])
-        return chosen[1]
+    def second(budgets, candidates, best):
+        asked.append(candidates[best(candidates)])
+        others = [one for one in candidates if one is not asked[0]]
+        asked.append(others[best(others)])
+        return {asked[0]: [1.1], asked[1]: [0.9]}
 
-    monkeypatch.setattr("budgetnet.session.confirmed", second)
+    monkeypatch.setattr("budgetnet.selection.confirmed", second)
     one = session(tmp_path, stir(fabric(), 0), 256, candidates=4)
     one.learner.begin_search()
     one.choose()
-    assert [place for place, candidate in enumerate(one.candidates) if candidate["chosen"]] == [chosen[1]]
-    assert chosen[0] != chosen[1]
+    assert torch.equal(one.learner.chosen, asked[1].kept)
+    (chosen,) = (candidate for candidate in one.candidates if candidate["chosen"])
+    assert chosen["validation"] == asked[1].quality
+    assert chosen["validation"] != asked[0].quality
 
 
 def test_during_the_search_the_most_probable_is_judged_with_batch_norms_of_its_own(tmp_path):

@@ -78,6 +78,9 @@ def loss(output, target):
 
 def broken(network):
     return 1 / 0
+
+def leaves(network):
+    raise SystemExit(0)
 """
 CYCLE = """
 from budgetnet import Edge, SuperNetwork
@@ -158,6 +161,7 @@ BUDGETS = [
     Wrong("a function its file does not have", search(budget="{tmp}/costs.py:power<=5"), written("costs.py", ENERGY)),
     Wrong("a function of something else", search(budget="{tmp}/costs.py:loss<=5"), written("costs.py", ENERGY)),
     Wrong("a function that returns a text", search(budget="{tmp}/costs.py:energy<=5"), written("costs.py", ENERGY)),
+    Wrong("a function that leaves Python", search(budget="{tmp}/costs.py:leaves<=5"), written("costs.py", ENERGY)),
     Wrong("a function that raises an error", search(budget="{tmp}/costs.py:broken<=5"), written("costs.py", ENERGY)),
 ]
 SPACES = [

@@ -23,7 +23,7 @@ OK, WRONG, UNREACHABLE, INTERRUPTED = 0, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0 done, 2 wrong request, 3 budget out of reach, 130 interrupted."""
+    """Runs one command; returns its exit status: 0 done, 2 wrong request, 3 budget not kept, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
         print(__version__)
@@ -70,4 +70,6 @@ HELP = """budgetnet learns neural networks that fit a budget.
   budgetnet evaluate RUN [--policy threshold|stochastic|always-on|ensemble] [--tau 0.5]
   budgetnet report   RUN ... [--out FILE.html]
 
-`budgetnet COMMAND --help` lists every option; --json prints one JSON object for programs."""
+`budgetnet COMMAND --help` lists every option; --json prints one JSON object for programs. Exit status: 0 done, 2 the
+request is wrong, 3 a budget cannot be kept, or was not kept by the network that was found, which is written all the
+same, 130 interrupted."""

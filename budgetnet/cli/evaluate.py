@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from budgetnet.building import space_of_run
-from budgetnet.cli.finished import data_of_run, decided_by_input, shown
+from budgetnet.cli.finished import as_learned, data_of_run, decided_by_input, shown
 from budgetnet.cli.flags import costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity
 from budgetnet.delivery import evaluate_architecture, evaluate_gates, restored
@@ -53,7 +53,7 @@ def evaluate_command(arguments: list[str]) -> None:
     inference = Inference(given.policy or "threshold", tau, given.runs, given.seed)
     network = space_of_run(run, own)
     if result is not None and decided is None and given.policy is None and given.tau is None:
-        data = data_of_run(run, network, given)
+        network, data = as_learned(run, network), data_of_run(run, network, given)
         found = evaluate_architecture(run, network, data, costs_in(given.costs), batch_size=given.batch_size)
     else:
         network = restored(run, network)

@@ -1,4 +1,4 @@
-"""What commands read of a run: its data, and what its gates decide by the input."""
+"""What commands read of a run: its weights, its data, and what its gates decide by the input."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from typing import Any
 
 from budgetnet import data as datasets
 from budgetnet.console import quantity
+from budgetnet.delivery import restored
 from budgetnet.report.records import Record
 from budgetnet.runs import RunFolder
 from budgetnet.search import check_fit
 from budgetnet.supernet import SuperNetwork
+
+
+def as_learned(run: RunFolder, network: SuperNetwork) -> SuperNetwork:
+    """The space of a run with its weights and gates, once there is a checkpoint."""
+    return network if run.load_checkpoint() is None else restored(run, network)
 
 
 def data_of_run(run: RunFolder, network: SuperNetwork, given: Any) -> datasets.Dataset:

@@ -16,6 +16,7 @@ from budgetnet import spaces
 from budgetnet.architectures import named
 from budgetnet.budgets import parse_cost
 from budgetnet.building import space_of_run
+from budgetnet.cli.finished import as_learned
 from budgetnet.cli.flags import build, costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity
 from budgetnet.costs import Latency
@@ -52,12 +53,13 @@ def measure_command(arguments: list[str]) -> None:
         kept = named(network, given.architecture or "full")
         found = measure_network(network, kept, asked or _defaults(network))
     elif Path(target).is_dir():
-        network = space_of_run(RunFolder(target), own)
+        run = RunFolder(target)
+        network = as_learned(run, space_of_run(run, own))
         if network.heads and given.architecture is None:
-            found = _measured_by_run(RunFolder(target), asked)
+            found = _measured_by_run(run, asked)
         else:
-            kept = named(network, given.architecture or str(Path(target) / "architecture.json"))
-            found = measure_network(network, kept, asked or _defaults(network), full_of(RunFolder(target)))
+            kept = named(network, given.architecture or str(run.path / "architecture.json"))
+            found = measure_network(network, kept, asked or _defaults(network), full_of(run))
     elif Path(target).suffix.removeprefix(".") in FORMATS:
         if given.architecture is not None:
             raise ConfigError(f"--architecture is of a space or a run, got it beside {target!r}")

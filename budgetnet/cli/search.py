@@ -13,10 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from budgetnet import data as datasets
+from budgetnet.budgets import amount
 from budgetnet.cli.flags import build, numbers_in, parser_of, take
 from budgetnet.console import Bars, quantity
 from budgetnet.delivery import Found
-from budgetnet.errors import ConfigError
+from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.options import DEFAULTS, SearchOptions
 from budgetnet.search import search
 from budgetnet.weights import MEAN, STD, classifies_alike, load_torchvision, read_weights
@@ -96,6 +97,14 @@ def search_command(arguments: list[str]) -> None:
         print(json.dumps(found.result))
     else:
         _tell(found)
+    missed = [row for row in found.result["budgets"] if not row["met"]]
+    if missed:
+        told = "; ".join(
+            f"{row['cost']} must be {'at most' if row['at_most'] else 'near'} {amount(row['limit'], row['unit'])}, "
+            f"but takes {row['value']:.6g}"
+            for row in missed
+        )
+        raise UnreachableBudget(f"the network in {found.run} does not keep its budget: {told}")
 
 
 def _tell(found: Found) -> None:

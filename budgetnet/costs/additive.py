@@ -246,13 +246,18 @@ class Params:
         Raises:
             ConfigError: gates look at the input: such a network holds all parameters, whatever an example uses.
         """
-        if network.heads:
-            raise ConfigError(f"params needs gates that do not look at the input, and {network.name} has such gates")
+        decided_once("params", network)
 
         def count(module: nn.Module, shape: Shape) -> int:
             return sum(value.numel() for value in module.parameters())
 
         return edge_cost(network, count, self.unit)
+
+
+def decided_once(cost: str, network: SuperNetwork) -> None:
+    """Raises ConfigError where gates look at the input: the cost, by its name, is of what is extracted."""
+    if network.heads:
+        raise ConfigError(f"{cost} cannot be a cost where gates look at the input, as those of {network.name} do")
 
 
 def edge_cost(

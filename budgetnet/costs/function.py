@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from budgetnet.costs.additive import decided_once
 from budgetnet.costs.drawn import DrawnModel, ExactModel, Examples, Value
 from budgetnet.costs.measured import Measured
 from budgetnet.errors import ConfigError
@@ -115,10 +116,7 @@ class Function:
 
     def _model(self, network: SuperNetwork) -> ExactModel | DrawnModel:
         """The cost of this network's architectures, none of which was asked for yet."""
-        if network.heads:
-            raise ConfigError(
-                f"{self.key} needs gates that do not look at the input, and {network.name} has such gates"
-            )
+        decided_once(self.key, network)
         if self.of == "examples" and self.examples is None:
             raise ConfigError(f"{self.key} reads examples, and there are none here")
         at = partial(self._at, network, network.unit_names())
@@ -144,7 +142,7 @@ class Function:
                 found = self.call(**{self.beside: given, "x": x})
             else:
                 found = self.call(**{self.beside: given}) if self.by_name else self.call(given)
-        except Exception as error:  # the user's own code may raise anything
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
             raise ConfigError(f"{self.key} raised {type(error).__name__}: {error}") from error
         try:
             values = torch.as_tensor(found, dtype=torch.float64).cpu()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from budgetnet.assembly import Assembler, Runtime
-from budgetnet.costs.additive import ChannelCost, EdgeCost, MACs
+from budgetnet.costs.additive import ChannelCost, EdgeCost, MACs, decided_once
 from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, openings
 from budgetnet.costs.measured import Measured
 from budgetnet.costs.stopwatch import Stopwatch
@@ -115,8 +115,7 @@ class Latency:
             ConfigError: the network has gates that look at the input: its latency is no function of what is kept.
             FileError: the table is no such file, or holds for another machine or setting.
         """
-        if network.heads:
-            raise ConfigError(f"latency needs gates that do not look at the input, and {network.name} has such gates")
+        decided_once("latency", network)
         return LatencyModel(network, self)
 
 

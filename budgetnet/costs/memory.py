@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from budgetnet.costs.additive import decided_once
 from budgetnet.costs.file_size import FileSize
 from budgetnet.costs.footprints import ChannelFootprint, end_sites, least_open
 from budgetnet.costs.held import held_bytes
@@ -60,8 +61,7 @@ class Memory:
             ConfigError: gates look at the input: such a network holds everything, whatever an example uses; or its
                 file is asked for and a layer cannot be written to ONNX.
         """
-        if network.heads:
-            raise ConfigError(f"memory needs gates that do not look at the input, and {network.name} has such gates")
+        decided_once("memory", network)
         return FileSize(network) if self.of == "file" else MemoryCost(network, self.of)
 
 

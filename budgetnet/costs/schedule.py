@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from budgetnet.checks import at_least
 from budgetnet.costs.additive import EdgeCost, MACs
 from budgetnet.costs.footprints import FLOAT
 from budgetnet.errors import ConfigError
@@ -54,14 +55,13 @@ class Schedule:
     key: ClassVar[str] = "schedule"
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"workers must be >= 1, got {self.workers}")
+        at_least(1, workers=self.workers)
         if self.durations not in ("macs", "unit"):
             raise ConfigError(f"durations must be macs or unit, got {self.durations!r}")
         if self.order not in ("list", "critical"):
             raise ConfigError(f"order must be list or critical, got {self.order!r}")
-        if not self.link > 0:
-            raise ConfigError(f"link must be > 0 MB/s, got {self.link}")
+        if isinstance(self.link, bool) or not isinstance(self.link, int | float) or not self.link > 0:
+            raise ConfigError(f"link must be > 0 MB/s, got {self.link!r}")
         _ = self.speed
 
     @property
@@ -78,7 +78,7 @@ class Schedule:
         """
         try:
             speeds = [float(part) for part in self.speeds.split(":")] if self.speeds else [1.0] * self.workers
-        except ValueError:
+        except (ValueError, AttributeError):  # no text
             speeds = []
         if len(speeds) != self.workers or not all(0 < speed < inf for speed in speeds):
             raise ConfigError(f"speeds must be {self.workers} numbers > 0 with : between, got {self.speeds!r}")

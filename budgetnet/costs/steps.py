@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from budgetnet.checks import at_least
 from budgetnet.errors import ConfigError
 from budgetnet.graph import Graph, topological_order
 from budgetnet.supernet import SuperNetwork
@@ -35,8 +36,7 @@ class Steps:
     unit: ClassVar[str] = "step"
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"workers must be >= 1, got {self.workers}")
+        at_least(1, workers=self.workers)
 
     def bind(self, network: SuperNetwork) -> StepCost:
         """The cost of this network's architectures."""

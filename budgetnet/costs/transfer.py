@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from budgetnet.costs.additive import MACs
+from budgetnet.costs.additive import MACs, decided_once
 from budgetnet.costs.liveness import Liveness
 from budgetnet.errors import ConfigError
 from budgetnet.supernet import SuperNetwork
@@ -64,8 +64,7 @@ class Transfer:
         Raises:
             ConfigError: gates look at the input: where its examples leave the device is not known.
         """
-        if network.heads:
-            raise ConfigError(f"transfer needs gates that do not look at the input, and {network.name} has such gates")
+        decided_once("transfer", network)
         return TransferCost(network, self.affords)
 
 

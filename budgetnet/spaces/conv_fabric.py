@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from budgetnet.blocks import conv_bn, initialise, upsample_conv
+from budgetnet.checks import Size, at_least, image_shape, one_of
 from budgetnet.errors import ConfigError
-from budgetnet.spaces.checks import Size, at_least, image_shape, one_of
 from budgetnet.supernet import Edge, Node, SuperNetwork
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from torch import nn
 
 from budgetnet.blocks import conv_layers, dense_block, exit_classifier, pooled_classifier, transition
+from budgetnet.checks import Size, at_least, image_shape, one_of
 from budgetnet.errors import ConfigError
 from budgetnet.sites import AnswerGate, FeatureGate
-from budgetnet.spaces.checks import Size, at_least, image_shape, one_of
 from budgetnet.supernet import Edge, Node, SuperNetwork
 
 BLOCKS = 3

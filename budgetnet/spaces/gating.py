@@ -8,10 +8,10 @@ from functools import partial
 
 from torch import nn
 
+from budgetnet.checks import one_of
 from budgetnet.errors import ConfigError
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.sites import ConditionalGates
-from budgetnet.spaces.checks import one_of
 from budgetnet.supernet import Edge
 
 Granularity = int | tuple[int, ...] | str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from budgetnet.blocks import conv_layers, pooled_classifier
-from budgetnet.spaces.checks import Size, at_least, image_shape, one_of, positive
+from budgetnet.checks import Size, at_least, image_shape, one_of, positive
 from budgetnet.spaces.gating import Gating, Granularity, granularities
 from budgetnet.supernet import Edge, Node, SuperNetwork
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from budgetnet.blocks import conv_layers, padded_identity, pooled_classifier
+from budgetnet.checks import Size, at_least, image_shape, one_of, positive
 from budgetnet.errors import ConfigError
-from budgetnet.spaces.checks import Size, at_least, image_shape, one_of, positive
 from budgetnet.spaces.gating import Gating, Granularity, granularities
 from budgetnet.supernet import Edge, Node, SuperNetwork
 

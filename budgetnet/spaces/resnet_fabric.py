@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from budgetnet.blocks import basic_block, conv_bn, pooled_classifier
+from budgetnet.checks import Size, at_least, image_shape, one_of
 from budgetnet.errors import ConfigError
 from budgetnet.gated import ChannelGate, GatedSequential
-from budgetnet.spaces.checks import Size, at_least, image_shape, one_of
 from budgetnet.supernet import Edge, Node, SuperNetwork
 
 
@@ -92,9 +92,7 @@ def resnet_fabric(
     )
 
 
-def connection(
-    begin: tuple[str, int], to: tuple[str, int], channels: int, label: str, granularity: int
-) -> list[Edge]:
+def connection(begin: tuple[str, int], to: tuple[str, int], channels: int, label: str, granularity: int) -> list[Edge]:
     """A residual block from a layer to another, each a name and its group, and the shortcut next to it."""
     (start, group), (end, later) = begin, to
     stride, into, out = 2 ** (later - group), channels * 2**group, channels * 2**later

@@ -1,4 +1,4 @@
-"""What every space checks of its options, in one line each."""
+"""What spaces and costs check of their options, in one line each."""
 
 from __future__ import annotations
 
