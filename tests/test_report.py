@@ -273,6 +273,7 @@ def test_what_only_a_measurement_shows_is_beside_what_it_was_before(tmp_path):
         "low": 1.8,
         "high": 1.95,
         "error": 0.031,
+        "slowness": 1.2,
     }
     before = {
         "cost": "latency",
@@ -289,6 +290,7 @@ def test_what_only_a_measurement_shows_is_beside_what_it_was_before(tmp_path):
     text = page(write(run))
     assert "uses 1.9 of at most 2 ms (50 % of the full super network)" in text
     assert "Half of the predictions for networks that were not known before lay within 3.1 %." in text
+    assert "2.28 ms was seen, on a machine 1.20 times as slow as when the search began." in text
 
 
 def test_segmentation_is_told_in_mean_iou(tmp_path):

@@ -104,6 +104,7 @@ class Outcome:
     low: float | None = None  # of one that was measured: between which it is expected when it is measured again
     high: float | None = None
     predicted: float | None = None
+    slowness: float | None = None  # of the machine as it was seen; `value` is of the machine as it was at the start
     error: float | None = None  # median relative error of predictions for networks they were not fitted to
     unsure: bool = False  # whether the limit lies within the noise of the measurement
     notes: tuple[str, ...] = ()  # what was noticed while it was measured
@@ -157,7 +158,7 @@ class Result:
                     value=budget.number("value"),
                     at_most=budget.flag("at_most"),
                     met=budget.flag("met"),
-                    **{key: budget.maybe_number(key) for key in ("low", "high", "predicted", "error")},
+                    **{key: budget.maybe_number(key) for key in ("low", "high", "predicted", "slowness", "error")},
                     unsure="noise" in budget.values and budget.flag("noise"),
                     notes=tuple(budget.texts("notes")) if "notes" in budget.values else (),
                 )

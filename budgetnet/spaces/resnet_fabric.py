@@ -101,8 +101,8 @@ def connection(begin: tuple[str, int], to: tuple[str, int], channels: int, label
     prefix = f"{end}.{label}" if label else end
     block = basic_block(into, out, stride=stride)
     if granularity:
-        *first, last, norm = block
-        block = GatedSequential(*first, ChannelGate(out, granularity, name="hidden"), last, norm)
+        layers = list(block.children())
+        block = GatedSequential(*layers[:-2], ChannelGate(out, granularity), *layers[-2:])
     return [
         Edge(start=start, end=end, module=block, name=f"{prefix}.block", kind="block"),
         Edge(start=start, end=end, module=shortcut, name=f"{prefix}.skip", kind="identity" if same else "projection"),
