@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import budgetnet as bn
 from budgetnet.data import Batches
 from budgetnet.evaluation import evaluate
+from budgetnet.options import resolve_device, resolve_precision
 from budgetnet.projection import trimmed
 from budgetnet.report import gate_figures
 from budgetnet.report.architecture import Architecture
@@ -64,10 +65,13 @@ GATED = {
     "layers": Gated({"gates": "layers"}),
     "blocks and eights": Gated({"gates": "both", "granularity": 8}),
     "blocks and eights timed": Gated({"gates": "both", "granularity": 8}, in_time="latency[batch=64]"),
+    "batch activation": Gated({}, {"penalty": "batch-activation"}),
     "per-gate loss": Gated({}, {"penalty": "per-gate"}),
+    "conditional per-gate": Gated({"conditional": True}, {"noiseless": 0.7, "penalty": "per-gate"}),
 }
 """The wide one may take up to twice the hidden channels; of the taught one the full network learns beside it to the
-end, which its seconds show; gates that look at the input have noise until the limit is in full force."""
+end, which its seconds show; gates that look at the input have noise until the limit is in full force; "batch
+activation" is Eq. 1 of Herrmann et al., where "pruned" has a price on what exceeds the limit."""
 IN_TIME = 0.8
 KINDS = (*GATED, "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
 DENSE_EPOCHS = 2 / 3
@@ -149,6 +153,7 @@ class Row:
             "accuracy": accuracy,
             "seconds": seconds,
             "threads": torch.get_num_threads(),
+            "precision": str(resolve_precision(self.options.precision, resolve_device(self.options.device))),
             **measured,
             **extra,
         }
