@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from budgetnet.budgets import BoundBudget
+from budgetnet.budgets import BoundBudget, Budget, check_reachable
+from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel
 from budgetnet.costs.measured import LearningModel
 from budgetnet.errors import ConfigError, FileError
@@ -33,6 +34,7 @@ from budgetnet.optimizers import load_optimizer, optimizer_state
 from budgetnet.options import DEFAULTS, SearchOptions
 from budgetnet.report.records import Record
 from budgetnet.runs import load_tensors
+from budgetnet.selection import check_together
 from budgetnet.sites import AlwaysOn, Fixed, Gumbel, Policy, Sample, entropy, log_prob
 from budgetnet.supernet import SuperNetwork
 
@@ -49,6 +51,69 @@ class Sums:
     costs: list[float] = field(default_factory=list)
     prices: list[float] = field(default_factory=list)  # of each budget, what a sample's excess was worth
     opened: list[float] = field(default_factory=list)  # of each gate, in how many samples
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a search begins with, once nothing speaks against it.
+
+    Attributes:
+        asked: the budgets as they were read.
+        budgets: of the network.
+        options: with nothing left open.
+        limits: what `check_reachable` says of each budget.
+    """
+
+    asked: list[Budget]
+    budgets: list[BoundBudget]
+    options: SearchOptions
+    limits: list[dict[str, Any]]
+
+
+def prepare(
+    network: SuperNetwork,
+    budgets: Sequence[Budget | str],
+    options: SearchOptions,
+    *,
+    placed: Callable[[Budget], Budget] = lambda budget: budget,
+    say: Callable[[str], None] = lambda text: None,
+    steered: bool = True,
+    begun: bool = False,
+) -> Prepared:
+    """Sets the gates to their start, binds the budgets, and refuses what cannot be learned or kept.
+
+    Args:
+        network: its gates are set in place.
+        budgets: texts are read by `Budget.parse`.
+        options: of the search.
+        placed: gives a budget what its cost needs: a file, examples.
+        say: is told what takes its time, and how well costs are predicted that are drawn.
+        steered: whether gates are to be learned.
+        begun: the budgets were in reach when the run began, and are not refused.
+
+    Raises:
+        ConfigError: an option or a budget does not fit the network.
+        FileError: the file of a cost holds something else.
+        UnreachableBudget: no architecture keeps the budgets.
+    """
+    asked = [placed(Budget.parse(budget) if isinstance(budget, str) else budget) for budget in budgets]
+    options = options.resolved(
+        conditional=bool(network.heads), gated=bool(network.sites), drawn=any(budget.drawn for budget in asked)
+    )
+    with torch.no_grad():
+        network.gates.reset(float(options.gate_start or 0.0))
+    if any(isinstance(budget.cost, Latency) for budget in asked):
+        say(f"timing the modules of {network.name} on this machine")
+    bound = [budget.bind(network) for budget in asked]
+    for budget in bound:
+        if isinstance(budget.model, DrawnModel):
+            say(f"{budget.name}: {budget.model.notes['fit']}")
+    if steered:
+        check_steerable(network, bound, options)
+    limits = check_reachable(network, bound, refuse=not begun)
+    if not begun:
+        check_together(network, bound, limits)
+    return Prepared(asked, bound, options, limits)
 
 
 def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], options: SearchOptions) -> None:
@@ -72,7 +137,8 @@ def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], optio
     else:
         used = network.used(network.architecture("full")).requires_grad_()
         without = [budget.name for budget in budgets if not (budget.exact and budget.model(used).requires_grad)]
-    idle = {"gate_rate": DEFAULTS["conditional"]["gate_rate"], "gate_optimizer": "adam", "gate_limit": 5.0}
+    idle = {"gate_rate": DEFAULTS["conditional"]["gate_rate"]}
+    idle |= {name: getattr(SearchOptions, name) for name in ("gate_optimizer", "gate_limit")}
     if network.heads:  # these learn with the weights, by the weights' optimiser
         idle = {"exploration": 0.0} | ({} if network.independent else idle)
         for name, default in idle.items():
