@@ -125,11 +125,6 @@ class Controller:
         return self.steering.chosen
 
     @property
-    def _search_steps(self) -> int:
-        options = self.steering.options
-        return options.epochs - options.warmup_epochs - options.finetune_epochs
-
-    @property
     def _begun(self) -> int:
         """Steps since sampling began."""
         return self.steps - self.steering.options.warmup_epochs
@@ -210,7 +205,7 @@ class Controller:
             if all(value.grad is None for site in (network.gates, network.heads) for value in site.parameters()):
                 raise ConfigError("step comes after loss.backward(), got gates without a gradient")
             self.steering.step_gates()
-            searched, every = self.steps + 1 - self.steering.options.warmup_epochs, self._search_steps / CORRECTIONS
+            searched, every = self._begun + 1, self.steering.options.search_epochs / CORRECTIONS
             if searched // every > (searched - 1) // every:
                 self.steering.correct(searched)
         self.steering.gate_optimizer.zero_grad(set_to_none=True)

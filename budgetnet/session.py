@@ -147,7 +147,7 @@ class Session:
 
     def run_epoch(self, progress: Progress | None) -> None:
         """One pass over the training images in its phase, a look at the validation data, a checkpoint."""
-        phase, batches, started = self.phase(), len(self.train), time.monotonic()
+        phase, batches, last = self.phase(), len(self.train), time.monotonic()
         if phase == "search" and not self.learner.starts:
             self.learner.begin_search()
         if phase == "finetune" and self.learner.chosen is None:
@@ -155,7 +155,6 @@ class Session:
         self.network.train()
         if self.batch == 0:
             self.learner.begin_epoch()
-        last = time.monotonic()
         for x, y in self.train.epoch(self.epoch, start=self.batch):
             step = self.epoch * batches + self.batch
             position, generator = self.position(step), seeded(self.learner.device, self.options.seed, step)
@@ -178,17 +177,23 @@ class Session:
             if progress:
                 progress.step(self.epoch, self.batch, batches, self.sums)
             if time.monotonic() - last > CHECKPOINT_SECONDS:
-                last = time.monotonic()
+                last = self._counted(last)
                 self.save()
         if phase == "search":
             self.learner.correct(self.epoch)
-        self.seconds += time.monotonic() - started
+        self._counted(last)
         line = self.line(phase)
         self.run.append_metrics(line)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums()
         self.save()
         if progress:
             progress.epoch(line)
+
+    def _counted(self, since: float) -> float:
+        """Adds the seconds since a moment to those of the run; the moment that it is now."""
+        now = time.monotonic()
+        self.seconds += now - since
+        return now
 
     def position(self, step: int) -> float:
         """Epochs from the start of training to a step."""

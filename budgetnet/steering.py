@@ -130,6 +130,14 @@ def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], optio
     shared += [f"penalty {options.penalty}"] * (options.penalty != "price")
     if free and shared:
         raise ConfigError(f"the {shared[0]} is of shares of the full network's cost, whose {free[0]} is 0")
+    for budget in budgets if options.target == "stepped" else []:
+        share = stepped(budget, options)(options.search_epochs - 1)
+        if share * budget.full > budget.limit * (1 + 1e-9):
+            raise ConfigError(
+                f"a stepped target must come down to {budget.name}'s limit, {100 * budget.limit / budget.full:.4g} % "
+                f"of the full cost, in the search, got {100 * share:.4g} %: search for longer, or with a larger "
+                f"target_fall than {options.target_fall} or a smaller target_every than {options.target_every}"
+            )
     if not network.exits and options.exit_supervision != SearchOptions.exit_supervision:
         raise ConfigError(f"exit_supervision is of networks with exits, got {options.exit_supervision} without one")
     if options.estimator == "score":
@@ -151,6 +159,13 @@ def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], optio
             f"penalty {options.penalty} needs the estimator gumbel and a cost with a gradient, such as macs, "
             f"got {without[0]} under {options.estimator}"
         )
+
+
+def stepped(budget: BoundBudget, options: SearchOptions) -> SteppedTarget:
+    """The target of a budget that falls in steps, a share of the full network's cost."""
+    end = min(1.0, budget.limit / budget.full)
+    start = 1.0 if options.target_start is None else max(options.target_start, end)
+    return SteppedTarget(end, start=start, fall=options.target_fall, every=options.target_every)
 
 
 class Steering:
@@ -237,11 +252,7 @@ class Steering:
         if self.options.target == "constant":
             return [budget.limit for budget in self.budgets]
         if self.options.target == "stepped":
-            fall, every, begin = self.options.target_fall, self.options.target_every, self.options.target_start
-            ends = [min(1.0, b.limit / b.full) for b in self.budgets]
-            starts = [1.0 if begin is None else max(begin, end) for end in ends]
-            shares = [SteppedTarget(a, start=b, fall=fall, every=every) for a, b in zip(ends, starts, strict=True)]
-            return [share(epochs) * budget.full for share, budget in zip(shares, self.budgets, strict=True)]
+            return [stepped(budget, self.options)(epochs) * budget.full for budget in self.budgets]
         return [annealed(start, b.limit, progress) for start, b in zip(self.starts, self.budgets, strict=True)]
 
     def search_objective(
