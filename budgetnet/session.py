@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from math import sqrt
 from typing import Any, Protocol
 
@@ -49,7 +50,20 @@ class Progress(Protocol):
 
 
 class Session:
-    """One run: where it stands, and how it goes on from there."""
+    """One run: where it stands, and how it goes on from there.
+
+    Args:
+        run: where its files lie.
+        data: its images and classes.
+        learner: of its network; one that has chosen already trains that architecture, without a search.
+
+    Attributes:
+        epoch, batch: that come next.
+        sums: over the batches of this epoch.
+        images: seen so far.
+        seconds: of learning so far, also of those before it was taken up.
+        candidates: what was compared when an architecture was chosen, as in result.json.
+    """
 
     def __init__(self, run: RunFolder, data: Dataset, learner: Learner) -> None:
         self.run, self.data, self.learner = run, data, learner
@@ -330,8 +344,9 @@ class Session:
         batches = self.train.several(self.options.recalibration, self.epoch)
         recalibrate(self.network, self.predict(lambda x: self.network.run(x, used)), batches)
 
-    def test_batches(self) -> Batches:
-        """The test images, to be looked at once."""
+    @cached_property
+    def test(self) -> Batches:
+        """The test images, to be looked at once, when all is learned."""
         return Batches(self.data.test, batch_size=self.options.batch_size, device=self.learner.device, shuffle=False)
 
     def observe(self, inference: Inference, batches: Batches) -> Observed:
