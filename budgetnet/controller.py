@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from budgetnet.budgets import Budget, check_reachable
+from budgetnet.budgets import Budget
 from budgetnet.conditional import conditional
 from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel, Examples
@@ -24,9 +24,9 @@ from budgetnet.objectives import MOVING
 from budgetnet.optimizers import weight_groups
 from budgetnet.options import SearchOptions
 from budgetnet.report.records import Record
-from budgetnet.selection import Candidate, check_together, choose
+from budgetnet.selection import Candidate, choose
 from budgetnet.sites import Policy, Threshold
-from budgetnet.steering import Steering, Sums, check_steerable, seeded
+from budgetnet.steering import Steering, Sums, prepare, seeded
 from budgetnet.supernet import SuperNetwork
 
 CORRECTIONS = 10
@@ -93,20 +93,15 @@ class Controller:
             raise ConfigError(f"distillation is up to your own loop, got {options.distillation}")
         if options.target in MOVING:
             raise ConfigError(f"a {options.target} target starts again each epoch; a loop of one's own has steps")
-        asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
-        for budget in asked:
+
+        def placed(budget: Budget) -> Budget:
             if isinstance(budget.cost, Latency) and budget.cost.table:
                 budget.cost.kept_in(Path())  # which refuses a file that could not be written
-        options = replace(options, epochs=total_steps).resolved(
-            conditional=bool(network.heads), gated=bool(network.sites), drawn=any(budget.drawn for budget in asked)
-        )
-        assert options.gate_start is not None
-        network.gates.reset(options.gate_start)
-        bound = [(budget if examples is None else budget.on(examples)).bind(network) for budget in asked]
-        check_steerable(network, bound, options)
-        self.limits = check_reachable(network, bound)
-        check_together(network, bound, self.limits)
-        self.steering = Steering(network, bound, options)
+            return budget if examples is None else budget.on(examples)
+
+        ready = prepare(network, budgets, replace(options, epochs=total_steps), placed=placed)
+        self.limits = ready.limits
+        self.steering = Steering(network, ready.budgets, ready.options)
         self.steps = self._asked = 0
         self.outcomes: list[dict[str, Any]] = []
         self.costs: dict[str, float] = {}
@@ -128,11 +123,6 @@ class Controller:
     def chosen(self) -> Tensor | None:
         """The decisions of the architecture that was chosen, `(1, G)`."""
         return self.steering.chosen
-
-    @property
-    def _search_steps(self) -> int:
-        options = self.steering.options
-        return options.epochs - options.warmup_epochs - options.finetune_epochs
 
     @property
     def _begun(self) -> int:
@@ -215,7 +205,7 @@ class Controller:
             if all(value.grad is None for site in (network.gates, network.heads) for value in site.parameters()):
                 raise ConfigError("step comes after loss.backward(), got gates without a gradient")
             self.steering.step_gates()
-            searched, every = self.steps + 1 - self.steering.options.warmup_epochs, self._search_steps / CORRECTIONS
+            searched, every = self._begun + 1, self.steering.options.search_epochs / CORRECTIONS
             if searched // every > (searched - 1) // every:
                 self.steering.correct(searched)
         self.steering.gate_optimizer.zero_grad(set_to_none=True)

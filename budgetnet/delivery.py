@@ -82,12 +82,20 @@ def deliver(session: Session, limits: list[dict[str, Any]]) -> Found:
     Args:
         session: all its epochs are over.
         limits: what `check_reachable` said before.
+
+    Returns:
+        What was found; its network and files are on the CPU.
+
+    Raises:
+        ConfigError: an exporter cannot write the network, or its file does not compute what it computes.
+        UnreachableBudget: no architecture, or no threshold of gates that look at the input, keeps the budgets.
+        DivergenceError: what is measured is not finite.
     """
     started = time.monotonic()
     outcome = _decided_by_input if session.network.heads and not session.fixed else _decided_once
     plain, kept, own = outcome(session)
     supernet = session.network.cpu().eval()
-    x = next(iter(session.test_batches().epoch(0)))[0][:1].cpu()
+    x = torch.zeros(1, *supernet.input_shape)
     full = supernet.architecture("full")
     result = {
         "space": {"name": supernet.name, "options": supernet.options},
@@ -118,11 +126,11 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     session.save()
     plain = extract(session.network, kept).eval()
     validation = session.quality(session.predict(plain), session.validation)
-    test = session.quality(session.predict(plain), session.test_batches())
+    test = session.quality(session.predict(plain), session.test)
     supernet, plain = session.network.cpu().eval(), plain.cpu()
     for network in (supernet, plain):  # it may have learned in another layout
         network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    x = next(iter(session.test_batches().epoch(0)))[0].cpu()
+    x = next(iter(session.test.epoch(0)))[0].cpu()
     folded = fold_batch_norm(plain)
     files = {kind: export(folded, session.run.path / f"network.{kind}", x[:1]) for kind in ("onnx", "pt2")}
     equivalence = {"extracted": difference(lambda x: supernet.run(x, used), plain, x)}
@@ -169,11 +177,11 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         tau, seen = settled_threshold(session.budgets, look, settle)
         curve = [(at, look(at)) for at in CURVE]
-        test = look(tau, session.test_batches())
-        exits = exit_table(network, tau, session.test_batches().epoch(0)) if network.exits else []
+        test = look(tau, session.test)
+        exits = exit_table(network, tau, session.test.epoch(0)) if network.exits else []
     session.save()
     network.cpu()
-    x = next(iter(session.test_batches().epoch(0)))[0].cpu()
+    x = next(iter(session.test.epoch(0)))[0].cpu()
     plain = conditional(network, tau=tau)
     examples = next(iter(session.validation.epoch(0)))[0].cpu()
     for size in TUNED:

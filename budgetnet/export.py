@@ -11,7 +11,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,11 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
         path: where to.
         example: `(B, C, H, W)`.
 
+    Returns:
+        The path.
+
     Raises:
-        ConfigError: the ending is another.
+        ConfigError: the ending is another, or torch's exporter cannot write a layer; the file is then as it was.
     """
     path = Path(path)
     kind = path.suffix.removeprefix(".")
@@ -58,18 +61,36 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
     example = torch.cat([example, example])[:2].cpu().float()  # a free batch size needs an example of two
     # channels last would be written into the graph, as strides
     network = copy.deepcopy(network).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    with aside(path) as part, quiet():
+    with exporting(f"the network cannot be written to {path.name}"):
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
-        if kind == "pt2":
+        told: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamo": True, "verbose": False}
+        done = torch.onnx.export(program, (), **told) if kind == "onnx" else None
+    with aside(path) as part, quiet():
+        if done is not None:
+            part.write_bytes(compacted(done.model_proto, network.state_dict()).SerializeToString())
+        else:
             with part.open("wb") as file:
                 torch.export.save(program, file)
-        else:
-            done = torch.onnx.export(program, (), input_names=["x"], output_names=["y"], dynamo=True, verbose=False)
-            assert done is not None
-            part.write_bytes(compacted(done.model_proto, network.state_dict()).SerializeToString())
     return path
+
+
+@contextmanager
+def exporting(refusal: str) -> Iterator[None]:
+    """Keeps torch's exporters quiet, and what they raise, of classes of their own, to one line behind `refusal`.
+
+    Raises:
+        ConfigError: an exporter does not know what it is to write.
+    """
+    try:
+        with quiet():
+            yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what is raised last tells where to report bugs, and not which layer it was
+            cause = cause.__cause__
+        raise ConfigError(f"{refusal}: {_line(cause)}") from error
 
 
 def compacted(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
@@ -220,10 +241,11 @@ def file_latency(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the exporters' own progress and deprecation notes from the console."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    """Keeps the exporters' own progress and deprecation notes, and graphs that they print, from the console."""
+    names = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

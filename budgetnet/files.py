@@ -6,15 +6,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """Where to write a file beside its place, with the same ending; what is written takes the place at the end.
 
-    Nothing is left of it where an error comes before.
+    Each writer has a file of its own. Nothing is left of it where an error comes before.
     """
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}-{uuid4().hex}{path.suffix}")
     try:
         yield part
         put(part, path)

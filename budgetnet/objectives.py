@@ -140,8 +140,8 @@ class Price:
     Source: BSN, Eq. 2 for lambda; Stooke et al., arXiv:2007.03964, for the proportional-integral update.
     """
 
-    proportional: float = 10.0
-    integral: float = 0.05
+    proportional: float
+    integral: float
     fixed: float | None = None
     value: float = 0.0
     accumulated: float = 0.0

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
+from operator import add
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from budgetnet.errors import ConfigError
-from budgetnet.export import quiet
+from budgetnet.export import exporting
+from budgetnet.extraction import fold_batch_norm
+from budgetnet.gated import GatedSequential
+from budgetnet.shapes import Shape
+from budgetnet.supernet import SuperNetwork
+
+ORDINARY = (
+    *(nn.Sequential, nn.Identity, nn.Flatten, nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Dropout),
+    *(nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.ZeroPad2d, nn.ZeroPad3d),
+)
+"""Layers that torch's exporters are known to write: those of the named spaces, and their like."""
 
 
 @dataclass(frozen=True)
@@ -152,22 +165,27 @@ class Pieces(nn.Module):
         Raises:
             ConfigError: the exporter cannot write a part.
         """
+        model = self.model()
+        given = (f"in_{place}" for place in count())
+        taken = [tuple(next(given) for _ in shapes) for shapes in self.shapes]
+        return [cut_out(model, own, f"out_{place}") for place, own in enumerate(taken)]
+
+    def model(self) -> onnx.ModelProto:
+        """All parts beside each other.
+
+        Raises:
+            ConfigError: the exporter cannot write a part.
+        """
         examples = tuple(torch.randn(shape) for shapes in self.shapes for shape in shapes)
         names = [f"in_{place}" for place in range(len(examples))]
         ends = [f"out_{place}" for place in range(len(self.parts))]
-        try:
-            with quiet(), torch.no_grad():
-                batch = torch.export.Dim("batch")
-                sizes = (tuple({0: batch} for _ in examples),) if self.free else None
-                program = torch.export.export(self.eval(), examples, dynamic_shapes=sizes)
-                done = torch.onnx.export(program, (), input_names=names, output_names=ends, dynamo=True, verbose=False)
-        except Exception as error:  # the exporter has classes of its own for whatever it does not know
-            raise ConfigError(f"a layer cannot be written to ONNX: {str(error).strip().splitlines()[0]}") from error
+        with exporting("a layer cannot be written to ONNX"), torch.no_grad():
+            batch = torch.export.Dim("batch")
+            sizes = (tuple({0: batch} for _ in examples),) if self.free else None
+            program = torch.export.export(self.eval(), examples, dynamic_shapes=sizes)
+            done = torch.onnx.export(program, (), input_names=names, output_names=ends, dynamo=True, verbose=False)
         assert done is not None
-        model = done.model_proto
-        given = iter(names)
-        taken = [tuple(next(given) for _ in shapes) for shapes in self.shapes]
-        return [cut_out(model, own, end) for own, end in zip(taken, ends, strict=True)]
+        return done.model_proto
 
 
 def cut_out(model: onnx.ModelProto, inputs: tuple[str, ...], output: str) -> Piece:
@@ -186,3 +204,61 @@ def cut_out(model: onnx.ModelProto, inputs: tuple[str, ...], output: str) -> Pie
             needed.update(node.input)
     held = [weight for name, weight in weights.items() if name in needed]
     return Piece(inputs, output, nodes[::-1], held, opset, model.ir_version)
+
+
+def check_writable(network: SuperNetwork, used: Tensor | None = None) -> None:
+    """Has torch's exporters write the layers that they are not known to write, before anything is trained.
+
+    Args:
+        network: whose edges, activations and gates are looked at.
+        used: `(1, U)` units of the one architecture that is trained, None where any may be handed over.
+
+    Raises:
+        ConfigError: an exporter cannot write a layer; the message says where it stands.
+    """
+    skips = bool(network.heads) and used is None  # a file for one example, put together of pieces
+    parts: list[tuple[str, nn.Module, Shape]] = []
+    for edge, (start, end) in enumerate(network.graph.edges):
+        if used is None or bool(used[0, edge]):
+            name, module = network.edge_names[edge], network.modules_on_edges[edge]
+            if isinstance(module, GatedSequential):
+                module = module.narrowed(torch.ones(module.groups))[0]
+            parts.append((name, module, network.shapes[start]))
+            parts.append((network.graph.nodes[end], network.activations[end], network.shapes[end]))
+            if skips and str(edge) in network.heads:
+                parts.append((f"{name}'s gate", network.heads[str(edge)], network.gate_shape(edge)))
+    own = {id(module): (name, module, shape) for name, module, shape in parts if not ordinary(module)}
+    if own:
+        _write([(name, fold_batch_norm(module).cpu(), shape) for name, module, shape in own.values()], skips)
+
+
+def ordinary(module: nn.Module) -> bool:
+    """Whether all layers of a module are known to be written: torch's ordinary ones and this package's own."""
+    for part in module.modules():
+        if part._forward_hooks or part._forward_pre_hooks:
+            return False
+        if isinstance(part, fx.GraphModule):
+            calls = {node.target for node in part.graph.nodes if node.op in ("call_function", "call_method")}
+            known = calls <= {add, torch.cat}
+        elif type(part) is nn.Upsample:
+            known = part.mode in ("nearest", "bilinear")
+        else:
+            known = type(part) in ORDINARY or type(part).__module__.startswith("budgetnet.")
+        if not known:
+            return False
+    return True
+
+
+def _write(parts: Sequence[tuple[str, nn.Module, Shape]], skips: bool) -> None:
+    """Writes modules as they will be, all at once, and where that fails by themselves, to say which it is."""
+    pieces = Pieces(free=not skips)
+    for _, module, shape in parts:
+        pieces.add(module, shape)
+    try:
+        pieces.exported() if skips else pieces.model()
+    except ConfigError as error:
+        if len(parts) == 1:
+            raise ConfigError(f"{parts[0][0]!r}: {error}") from error
+        for part in parts:
+            _write([part], skips)
+        raise

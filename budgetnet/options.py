@@ -45,8 +45,8 @@ class SearchOptions:
             the limit's share of the full cost, as in ConvNet-AIG. All but the first need the estimator gumbel.
         target: how the limit in force comes down: "linear" while `anneal` lasts; "constant": it is in force from
             the start, as usual in Herrmann et al.; "stepped" by `target_fall` of the full cost every
-            `target_every` epochs (S1.1); "moving" or "exponential": it follows the batches' own cost, from the
-            limit at the start of each epoch (S1.2).
+            `target_every` epochs (S1.1), to the limit before the search ends; "moving" or "exponential": it follows
+            the batches' own cost, from the limit at the start of each epoch (S1.2).
         target_fall, target_every: of the stepped target.
         target_start: share of the full cost where a stepped target begins, and a moving one, for which it is > 0, in
             each epoch; None for 1, and for the limit's own share.
@@ -208,6 +208,11 @@ class SearchOptions:
         asked = round(float(self._value("finetune")) * self.epochs)
         return asked if self.finetune is not None else max(0, min(asked, self.epochs - 1 - self.warmup_epochs))
 
+    @property
+    def search_epochs(self) -> int:
+        """Epochs in which architectures are sampled."""
+        return self.epochs - self.warmup_epochs - self.finetune_epochs
+
     def phase(self, epoch: int) -> str:
         """What an epoch is for: "warmup", "search" or "finetune"."""
         if epoch < self.warmup_epochs:
@@ -216,16 +221,14 @@ class SearchOptions:
 
     def noisy(self, epochs: float) -> bool:
         """Whether gates are drawn with noise `epochs` after sampling began."""
-        length = self.epochs - self.warmup_epochs - self.finetune_epochs
-        return epochs < length * (1 - float(self._value("noiseless")))
+        return epochs < self.search_epochs * (1 - float(self._value("noiseless")))
 
     def search_progress(self, position: float) -> float:
         """Share of the annealing that is over at `position` epochs from the start, in [0, 1]."""
-        length = self.epochs - self.warmup_epochs - self.finetune_epochs
         anneal = float(self._value("anneal"))
         if anneal == 0:
             return 1.0
-        return min(1.0, max(0.0, (position - self.warmup_epochs) / (length * anneal)))
+        return min(1.0, max(0.0, (position - self.warmup_epochs) / (self.search_epochs * anneal)))
 
     def rate(self, progress: float) -> float:
         """Learning rate of the weights when a share `progress` of all training is over."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +187,35 @@ def parsed(text: str | bytes) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
-def next_folder(parent: Path, name: str) -> Path:
-    """The first of parent/name-1, parent/name-2, ... that does not exist."""
+@contextmanager
+def next_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Makes the first of parent/name-1, parent/name-2, ... that does not exist, so that no other run takes it.
+
+    It is removed again where an error comes before anything is written to it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     number = 1
-    while (parent / f"{name}-{number}").exists():
+    while not _made(path := parent / f"{name}-{number}"):
         number += 1
-    return parent / f"{name}-{number}"
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # as it holds something
+            path.rmdir()
+            parent.rmdir()
+        raise
+
+
+def _made(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        if not path.exists():
+            raise ConfigError(f"a run needs a folder to write to, got {path}: {error.strerror}") from error
+        return False
+    return True
 
 
 def _metrics_line(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,19 +16,17 @@ import torch
 from torch import Tensor
 
 from budgetnet.architectures import named
-from budgetnet.budgets import Budget, check_reachable, cost_name
+from budgetnet.budgets import Budget
 from budgetnet.costs import Latency
-from budgetnet.costs.drawn import DrawnModel
-from budgetnet.costs.latency import LatencyModel
 from budgetnet.costs.measured import LearningModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.delivery import Found, deliver
 from budgetnet.errors import ConfigError
+from budgetnet.onnx_pieces import check_writable
 from budgetnet.options import SearchOptions, resolve_device, resolve_precision
 from budgetnet.runs import RunFolder, next_folder
-from budgetnet.selection import check_together
 from budgetnet.session import Progress, Session
-from budgetnet.steering import check_steerable
+from budgetnet.steering import prepare
 from budgetnet.supernet import SuperNetwork
 from budgetnet.training import Learner
 from budgetnet.version import __version__
@@ -64,72 +63,66 @@ def search(
         only a cost that has to be measured may not be, or one of an `architecture` that was given.
 
     Raises:
-        ConfigError: space, data and options do not fit together, or `out` holds another run.
+        ConfigError: space, data, budgets and options do not fit together, torch's exporters cannot write a layer, or
+            `out` holds another run.
+        FileError: a file of the run to take up, of a cost or of the architecture is damaged, or of something else.
         UnreachableBudget: no architecture keeps the budgets.
         DivergenceError: the loss became infinite; the last checkpoint is kept.
     """
-    asked = [Budget.parse(budget) if isinstance(budget, str) else budget for budget in budgets]
-    drawn = any(budget.drawn for budget in asked)
-    options = (options or SearchOptions()).resolved(conditional=bool(space.heads), gated=bool(space.sites), drawn=drawn)
+    options = options or SearchOptions()
     check_fit(space, data)
     if not budgets and architecture is None:
         raise ConfigError("a search needs at least one budget, such as macs<=25%, got none")
-    run = RunFolder(out if out is not None else next_folder(Path("runs"), f"{data.name}-{space.name}"))
-    run.check(resume=resume)
-    looked_at = Batches(data.validation, batch_size=options.batch_size, seed=options.seed, drop_last=False)
-    asked = [in_folder(budget, run.path).on(lambda: (x for x, _ in looked_at.epoch(0))) for budget in asked]
-    network = copy.deepcopy(space)
-    with torch.no_grad():
-        network.gates.reset(float(options.gate_start or 0.0))
-    if progress and any(isinstance(budget.cost, Latency) for budget in asked):
-        progress.say(f"timing the modules of {space.name} on this machine")
-    for each in asked:
-        if progress and each.drawn:
-            progress.say(f"calling {cost_name(each.cost)} for networks of all sizes")
-    bound = [budget.bind(network) for budget in asked]
-    for budget in bound:
-        if progress and isinstance(budget.model, DrawnModel):
-            progress.say(f"{budget.name}: {budget.model.notes['fit']}")
-        if progress and isinstance(budget.model, LatencyModel):
-            told = [f"predictions lie {100 * budget.model.error:.1f} % off in the middle", *budget.model.notes.values()]
-            progress.say(f"{budget.name}: {'; '.join(told)}")
-    if architecture is None:
-        check_steerable(network, bound, options)
-    begun = resume and run.begun
-    limits = check_reachable(network, bound, refuse=not begun)
-    if not begun:
-        check_together(network, bound, limits)
     fixed = named(space, architecture) if isinstance(architecture, str) else architecture
     if fixed is not None:
         # nothing larger is there to learn from
         options = replace(options, distillation=0.0, distillation_temperature=1.0)
-    if fixed is not None and not bool(space.connects(space.used(fixed))[0]):
-        raise ConfigError("an architecture to train must connect input and output, got one that does not")
+        if not bool(space.connects(space.used(fixed))[0]):
+            raise ConfigError("an architecture to train must connect input and output, got one that does not")
     device = resolve_device(options.device)
     dtype = resolve_precision(options.precision, device)
-    asked_for = provenance(space, data, asked, options, fixed, command, device, dtype)
-    run.create(asked_for, resume=resume)
-    for budget in bound:
-        if isinstance(budget.model, LearningModel):
-            budget.model.save()
-    learner = Learner(network, bound, options, ignore=data.ignore, device=device, dtype=dtype)
-    learner.chosen = fixed
-    session = Session(run, data, learner)
-    try:
-        session.take_up()
-        pairs = zip(limits, session.budgets, strict=True)  # as they were when the run began
-        limits = [{**row, "limit": budget.limit, "full": budget.full} for row, budget in pairs]
-        if progress:
-            parts = (len(data.train), len(data.validation), len(data.test))
-            progress.say("{}: {:,} images to train on, {:,} to choose by, {:,} to test on".format(data.name, *parts))
-            if resume and not begun:
-                progress.say(f"{run.path} held no run to resume: it begins anew")
-            progress.begin(limits, options)
-        while session.epoch < options.epochs:
-            session.run_epoch(progress)
-        return deliver(session, limits)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(str(run.path)) from interrupt  # where it can be gone on with
+    with nullcontext(Path(out)) if out is not None else next_folder(Path("runs"), f"{data.name}-{space.name}") as path:
+        run = RunFolder(path)
+        run.check(resume=resume)
+        begun = resume and run.begun
+        if not begun:
+            check_writable(space, None if fixed is None else space.used(fixed))
+        looked_at = Batches(data.validation, batch_size=options.batch_size, seed=options.seed, drop_last=False)
+        network = copy.deepcopy(space)
+        ready = prepare(
+            network,
+            budgets,
+            options,
+            placed=lambda budget: in_folder(budget, run.path).on(lambda: (x for x, _ in looked_at.epoch(0))),
+            say=progress.say if progress else lambda text: None,
+            steered=fixed is None,
+            begun=begun,
+        )
+        options, limits = ready.options, ready.limits
+        run.create(provenance(space, data, ready.asked, options, fixed, command, device, dtype), resume=resume)
+        for budget in ready.budgets:
+            if isinstance(budget.model, LearningModel):
+                budget.model.save()
+        learner = Learner(network, ready.budgets, options, ignore=data.ignore, device=device, dtype=dtype)
+        learner.chosen = fixed
+        session = Session(run, data, learner)
+        try:
+            session.take_up()
+            pairs = zip(limits, session.budgets, strict=True)  # as they were when the run began
+            limits = [{**row, "limit": budget.limit, "full": budget.full} for row, budget in pairs]
+            if progress:
+                parts = (len(data.train), len(data.validation), len(data.test))
+                progress.say(
+                    "{}: {:,} images to train on, {:,} to choose by, {:,} to test on".format(data.name, *parts)
+                )
+                if resume and not begun:
+                    progress.say(f"{run.path} held no run to resume: it begins anew")
+                progress.begin(limits, options)
+            while session.epoch < options.epochs:
+                session.run_epoch(progress)
+            return deliver(session, limits)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(str(run.path)) from interrupt  # where it can be gone on with
 
 
 def in_folder(budget: Budget, folder: Path) -> Budget:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from math import sqrt
 from typing import Any, Protocol
 
@@ -49,7 +50,20 @@ class Progress(Protocol):
 
 
 class Session:
-    """One run: where it stands, and how it goes on from there."""
+    """One run: where it stands, and how it goes on from there.
+
+    Args:
+        run: where its files lie.
+        data: its images and classes.
+        learner: of its network; one that has chosen already trains that architecture, without a search.
+
+    Attributes:
+        epoch, batch: that come next.
+        sums: over the batches of this epoch.
+        images: seen so far.
+        seconds: of learning so far, also of those before it was taken up.
+        candidates: what was compared when an architecture was chosen, as in result.json.
+    """
 
     def __init__(self, run: RunFolder, data: Dataset, learner: Learner) -> None:
         self.run, self.data, self.learner = run, data, learner
@@ -147,7 +161,7 @@ class Session:
 
     def run_epoch(self, progress: Progress | None) -> None:
         """One pass over the training images in its phase, a look at the validation data, a checkpoint."""
-        phase, batches, started = self.phase(), len(self.train), time.monotonic()
+        phase, batches, last = self.phase(), len(self.train), time.monotonic()
         if phase == "search" and not self.learner.starts:
             self.learner.begin_search()
         if phase == "finetune" and self.learner.chosen is None:
@@ -155,7 +169,6 @@ class Session:
         self.network.train()
         if self.batch == 0:
             self.learner.begin_epoch()
-        last = time.monotonic()
         for x, y in self.train.epoch(self.epoch, start=self.batch):
             step = self.epoch * batches + self.batch
             position, generator = self.position(step), seeded(self.learner.device, self.options.seed, step)
@@ -178,17 +191,23 @@ class Session:
             if progress:
                 progress.step(self.epoch, self.batch, batches, self.sums)
             if time.monotonic() - last > CHECKPOINT_SECONDS:
-                last = time.monotonic()
+                last = self._counted(last)
                 self.save()
         if phase == "search":
             self.learner.correct(self.epoch)
-        self.seconds += time.monotonic() - started
+        self._counted(last)
         line = self.line(phase)
         self.run.append_metrics(line)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, Sums()
         self.save()
         if progress:
             progress.epoch(line)
+
+    def _counted(self, since: float) -> float:
+        """Adds the seconds since a moment to those of the run; the moment that it is now."""
+        now = time.monotonic()
+        self.seconds += now - since
+        return now
 
     def position(self, step: int) -> float:
         """Epochs from the start of training to a step."""
@@ -322,8 +341,9 @@ class Session:
         batches = self.train.several(self.options.recalibration, self.epoch)
         recalibrate(self.network, self.predict(lambda x: self.network.run(x, used)), batches)
 
-    def test_batches(self) -> Batches:
-        """The test images, to be looked at once."""
+    @cached_property
+    def test(self) -> Batches:
+        """The test images, to be looked at once, when all is learned."""
         return Batches(self.data.test, batch_size=self.options.batch_size, device=self.learner.device, shuffle=False)
 
     def observe(self, inference: Inference, batches: Batches) -> Observed:

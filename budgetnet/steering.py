@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from budgetnet.budgets import BoundBudget, CostModel
+from budgetnet.budgets import BoundBudget, Budget, CostModel, check_reachable, cost_name
+from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel
 from budgetnet.costs.latency import LatencyModel
 from budgetnet.costs.measured import LearningModel
@@ -33,6 +34,7 @@ from budgetnet.optimizers import load_optimizer, optimizer_state
 from budgetnet.options import DEFAULTS, SearchOptions
 from budgetnet.report.records import Record
 from budgetnet.runs import load_tensors
+from budgetnet.selection import check_together
 from budgetnet.sites import AlwaysOn, Fixed, Gumbel, Policy, Sample, entropy, log_prob
 from budgetnet.supernet import SuperNetwork
 
@@ -51,6 +53,75 @@ class Sums:
     opened: list[float] = field(default_factory=list)  # of each gate, in how many samples
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a search begins with, once nothing speaks against it.
+
+    Attributes:
+        asked: the budgets as they were read.
+        budgets: of the network.
+        options: with nothing left open.
+        limits: what `check_reachable` says of each budget.
+    """
+
+    asked: list[Budget]
+    budgets: list[BoundBudget]
+    options: SearchOptions
+    limits: list[dict[str, Any]]
+
+
+def prepare(
+    network: SuperNetwork,
+    budgets: Sequence[Budget | str],
+    options: SearchOptions,
+    *,
+    placed: Callable[[Budget], Budget] = lambda budget: budget,
+    say: Callable[[str], None] = lambda text: None,
+    steered: bool = True,
+    begun: bool = False,
+) -> Prepared:
+    """Sets the gates to their start, binds the budgets, and refuses what cannot be learned or kept.
+
+    Args:
+        network: its gates are set in place.
+        budgets: texts are read by `Budget.parse`.
+        options: of the search.
+        placed: gives a budget what its cost needs: a file, examples.
+        say: is told what takes its time, and how well costs are predicted that are drawn or timed.
+        steered: whether gates are to be learned.
+        begun: the budgets were in reach when the run began, and are not refused.
+
+    Raises:
+        ConfigError: an option or a budget does not fit the network.
+        FileError: the file of a cost holds something else.
+        UnreachableBudget: no architecture keeps the budgets.
+    """
+    asked = [placed(Budget.parse(budget) if isinstance(budget, str) else budget) for budget in budgets]
+    options = options.resolved(
+        conditional=bool(network.heads), gated=bool(network.sites), drawn=any(budget.drawn for budget in asked)
+    )
+    with torch.no_grad():
+        network.gates.reset(float(options.gate_start or 0.0))
+    if any(isinstance(budget.cost, Latency) for budget in asked):
+        say(f"timing the modules of {network.name} on this machine")
+    for each in asked:
+        if each.drawn:
+            say(f"calling {cost_name(each.cost)} for networks of all sizes")
+    bound = [budget.bind(network) for budget in asked]
+    for budget in bound:
+        if isinstance(budget.model, DrawnModel):
+            say(f"{budget.name}: {budget.model.notes['fit']}")
+        if isinstance(budget.model, LatencyModel):
+            told = [f"predictions lie {100 * budget.model.error:.1f} % off in the middle", *budget.model.notes.values()]
+            say(f"{budget.name}: {'; '.join(told)}")
+    if steered:
+        check_steerable(network, bound, options)
+    limits = check_reachable(network, bound, refuse=not begun)
+    if not begun:
+        check_together(network, bound, limits)
+    return Prepared(asked, bound, options, limits)
+
+
 def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], options: SearchOptions) -> None:
     """Raises ConfigError where these gates cannot learn under these budgets as the options, resolved, ask.
 
@@ -65,6 +136,14 @@ def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], optio
     shared += [f"penalty {options.penalty}"] * (options.penalty != "price")
     if free and shared:
         raise ConfigError(f"the {shared[0]} is of shares of the full network's cost, whose {free[0]} is 0")
+    for budget in budgets if options.target == "stepped" else []:
+        share = stepped(budget, options)(options.search_epochs - 1)
+        if share * budget.full > budget.limit * (1 + 1e-9):
+            raise ConfigError(
+                f"a stepped target must come down to {budget.name}'s limit, {100 * budget.limit / budget.full:.4g} % "
+                f"of the full cost, in the search, got {100 * share:.4g} %: search for longer, or with a larger "
+                f"target_fall than {options.target_fall} or a smaller target_every than {options.target_every}"
+            )
     if not network.exits and options.exit_supervision != SearchOptions.exit_supervision:
         raise ConfigError(f"exit_supervision is of networks with exits, got {options.exit_supervision} without one")
     if options.estimator == "score":
@@ -72,7 +151,8 @@ def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], optio
     else:
         used = network.used(network.architecture("full")).requires_grad_()
         without = [budget.name for budget in budgets if not (budget.exact and budget.model(used).requires_grad)]
-    idle = {"gate_rate": DEFAULTS["conditional"]["gate_rate"], "gate_optimizer": "adam", "gate_limit": 5.0}
+    idle = {"gate_rate": DEFAULTS["conditional"]["gate_rate"]}
+    idle |= {name: getattr(SearchOptions, name) for name in ("gate_optimizer", "gate_limit")}
     if network.heads:  # these learn with the weights, by the weights' optimiser
         idle = {"exploration": 0.0} | ({} if network.independent else idle)
         for name, default in idle.items():
@@ -85,6 +165,13 @@ def check_steerable(network: SuperNetwork, budgets: Sequence[BoundBudget], optio
             f"penalty {options.penalty} needs the estimator gumbel and a cost with a gradient, such as macs, "
             f"got {without[0]} under {options.estimator}"
         )
+
+
+def stepped(budget: BoundBudget, options: SearchOptions) -> SteppedTarget:
+    """The target of a budget that falls in steps, a share of the full network's cost."""
+    end = min(1.0, budget.limit / budget.full)
+    start = 1.0 if options.target_start is None else max(options.target_start, end)
+    return SteppedTarget(end, start=start, fall=options.target_fall, every=options.target_every)
 
 
 class Steering:
@@ -175,11 +262,7 @@ class Steering:
         if self.options.target == "constant":
             return [budget.limit for budget in self.budgets]
         if self.options.target == "stepped":
-            fall, every, begin = self.options.target_fall, self.options.target_every, self.options.target_start
-            ends = [min(1.0, b.limit / b.full) for b in self.budgets]
-            starts = [1.0 if begin is None else max(begin, end) for end in ends]
-            shares = [SteppedTarget(a, start=b, fall=fall, every=every) for a, b in zip(ends, starts, strict=True)]
-            return [share(epochs) * budget.full for share, budget in zip(shares, self.budgets, strict=True)]
+            return [stepped(budget, self.options)(epochs) * budget.full for budget in self.budgets]
         return [annealed(start, b.limit, progress) for start, b in zip(self.starts, self.budgets, strict=True)]
 
     def search_objective(

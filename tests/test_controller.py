@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,8 +252,35 @@ def test_the_loop_reaches_and_keeps_a_budget_on_digits():
     assert macs > limit / 2
 
 
+def test_the_lightning_callback_leaves_learned_gates_alone_where_a_trainer_validates(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    class Trainer:
+        def __init__(self, callbacks: list[object], **_: object) -> None:
+            self.callback = callbacks[0]
+
+        def fit(self, module: nn.Module, _: object) -> None:
+            raise Stop(self.callback, module)
+
+    stub = SimpleNamespace(Callback=object, LightningModule=nn.Module, Trainer=Trainer)
+    monkeypatch.setitem(sys.modules, "lightning", stub)
+    with pytest.raises(Stop) as caught:
+        runpy.run_path(str(ROOT / "examples" / "lightning_callback.py"))
+    callback, module = caught.value.args
+    callback.setup(None, module, "fit")
+    controller, gates = callback.controller, module.network.gates
+    with torch.no_grad():
+        gates.values.add_(1)
+    before = gates.values.clone()
+    for stage in ("validate", "test", "predict"):
+        callback.setup(None, module, stage)
+    assert callback.controller is module.controller is controller
+    assert torch.equal(gates.values, before)
+
+
+@pytest.mark.skipif(find_spec("lightning") is None, reason="needs lightning")
 def test_lightning_runs_the_callback(tmp_path):
-    pytest.importorskip("lightning")
     process = subprocess.run(
         [sys.executable, ROOT / "examples" / "lightning_callback.py"],
         env=alone(),

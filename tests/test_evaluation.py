@@ -128,6 +128,21 @@ def test_recalibration_forgets_what_was_before():
     assert torch.equal(*found)
 
 
+def test_recalibration_that_fails_leaves_batch_norms_as_they_were():
+    network = normed()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+
+    def failing(x: Tensor) -> Tensor:
+        network(x, Fixed(torch.ones(1, 2)))
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        recalibrate(network, failing, [(torch.randn(4, 3, 4, 4), torch.zeros(4))])
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert {norm.momentum for norm in network.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.1}
+    assert not network.training
+
+
 def test_recalibration_leaves_no_graph_and_no_gradient():
     network = normed()
     recalibrate(network, lambda x: network(x, Fixed(torch.ones(1, 2)))[0], [(torch.randn(4, 3, 4, 4), torch.zeros(4))])

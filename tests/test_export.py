@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from importlib import import_module
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from conftest import python
 from torch import nn
 
-from budgetnet import spaces
+from budgetnet import Edge, SuperNetwork, spaces
+from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS, difference, export, file_latency, latency, load
 from budgetnet.export import onnx_session as session
 from budgetnet.extraction import extract, fold_batch_norm
+from budgetnet.onnx_pieces import Pieces, check_writable, ordinary
 
 ALONE = """
 import sys, warnings
@@ -102,6 +105,95 @@ def test_an_export_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         export(nn.Conv2d(1, 3, 3), file, torch.zeros(1, 1, 4, 4))
     assert file.read_bytes() == before
+
+
+class Fickle(nn.Module):
+    """A layer with a branch that no exporter can follow."""
+
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Rigid(nn.Module):
+    """A layer for two examples."""
+
+    def forward(self, x):
+        return x.reshape(2, *x.shape[1:])
+
+
+class Odd(Fickle):
+    """A gate of one's own."""
+
+    def __init__(self, channels: int, count: int) -> None:
+        super().__init__()
+
+    def forward(self, x):
+        return super().forward(x.mean(dim=(2, 3))[:, :1])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_network_that_cannot_be_exported_is_one_line_and_leaves_the_old_file(kind, tmp_path, capsys):
+    file = tmp_path / f"network.{kind}"
+    file.write_text("old")
+    with pytest.raises(ConfigError, match=rf"^the network cannot be written to network\.{kind}: Could not guard .*$"):
+        export(Fickle(), file, torch.zeros(1, 1, 4, 4))
+    assert file.read_text() == "old"
+    assert capsys.readouterr().err == ""
+
+
+def test_what_an_exporter_misses_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"^the network .* No ONNX function found for .*adaptive_max_pool2d.*$"):
+        export(nn.AdaptiveMaxPool2d(3), tmp_path / "network.onnx", torch.zeros(1, 1, 8, 8))
+
+
+def test_a_layer_that_cannot_be_written_is_named_before_training():
+    """Unless the one architecture that is trained leaves it out."""
+    kinds = {"plain": nn.Conv2d(1, 1, 1), "own": nn.Softsign(), "odd": Rigid()}
+    edges = [Edge(start="x", end="y", module=module, name=name) for name, module in kinds.items()]
+    space = SuperNetwork(edges, input_shape=(1, 8, 8))
+    with pytest.raises(ConfigError, match=r"^'odd': a layer cannot be written to ONNX: Constraints violated .*$"):
+        check_writable(space)
+    check_writable(space, space.used(torch.tensor([[1.0, 1.0, 0.0]])))
+
+
+def test_a_gate_that_cannot_be_written_is_named_before_training():
+    """Unless it decides nothing, where one architecture is trained."""
+    skip = Edge(start="x", end="y", module=nn.Identity(), fixed=True)
+    space = SuperNetwork(
+        [skip, Edge(start="x", end="y", module=nn.Conv2d(1, 1, 1), gate=Odd, name="asks")], input_shape=(1, 8, 8)
+    )
+    with pytest.raises(ConfigError, match=r"^\"asks's gate\": a layer cannot be written to ONNX: Could not guard .*$"):
+        check_writable(space)
+    check_writable(space, space.used(torch.ones(1, 1)))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(spaces.resnet_fabric, width=2),
+        partial(spaces.conv_fabric, width=2, depth=2, classes=3, image_size=(4, 6), task="segmentation"),
+        partial(spaces.resnet, depth=8, conditional=True, memory=True, gates="both"),
+        spaces.mobilenet_v2,
+        partial(spaces.densenet_exits, depth=10),
+        partial(spaces.densenet_exits, depth=10, exit_gates="features"),
+    ],
+)
+def test_the_layers_of_the_named_spaces_are_known_to_be_written(build, monkeypatch):
+    """Nothing has to be exported before they are searched, which takes seconds."""
+    monkeypatch.setattr(Pieces, "model", lambda self: pytest.fail("exported"))
+    check_writable(build())
+
+
+def test_layers_that_are_not_what_they_seem_are_looked_at():
+    class Mine(nn.ReLU):
+        pass
+
+    hooked = nn.ReLU()
+    hooked.register_forward_hook(lambda module, given, output: output)
+    traced = torch.fx.symbolic_trace(nn.Softsign())
+    seem = [Mine(), hooked, traced, nn.Upsample(scale_factor=2, mode="bicubic")]
+    assert not any(ordinary(nn.Sequential(nn.Conv2d(1, 1, 1), module)) for module in seem)
+    assert ordinary(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Upsample(scale_factor=2)))
 
 
 def test_latency_is_a_median_between_its_percentiles():

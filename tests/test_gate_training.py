@@ -17,6 +17,7 @@ from budgetnet.gated import memory_format
 from budgetnet.inference import Inference
 from budgetnet.runs import RunFolder
 from budgetnet.sites import AlwaysOn, Fixed, Gumbel, entropy, log_prob
+from budgetnet.steering import prepare
 from budgetnet.training import Learner, Sums
 
 small_resnet = partial(bn.spaces.resnet, depth=8, channels=4, image_size=8, in_channels=1)
@@ -252,6 +253,7 @@ by_input = partial(small_resnet, conditional=True)
         (by_input, ["macs<=50%"], {"exploration": 0.1}, "exploration is of gates that do not look"),
         (small_exits, ["activation<=0.5"], {"penalty": "const-quad"}, "penalty const-quad is of .* activation is 0"),
         (small_exits, ["activation<=0.5"], {"target": "stepped"}, "target stepped is of .* activation is 0"),
+        (small_resnet, ["macs<=50%"], {"target": "stepped"}, "come down to macs's limit, 50 % of .*, got 100 %"),
         (small_resnet, ["macs<=50%"], {"exit_supervision": 0.5}, "exit_supervision is of networks with exits, got 0.5"),
         (small_resnet, ["macs<=50%", "macs~=48%"], {}, "a cost has one budget, got 2 of macs"),
     ],
@@ -330,6 +332,14 @@ def test_each_target_comes_down_in_its_own_way():
         assert one.limits(0.0) == [pytest.approx(followed * full)]
         one.begin_epoch()
         assert one.limits(0.0) == [limit]
+
+
+def test_a_stepped_target_has_to_reach_its_limit_while_there_is_an_epoch_left():
+    """It is at half after five of its steps, in the sixth five epochs of the search."""
+    stepped = {"target": "stepped", "target_fall": 0.1, "warmup": 0.0, "finetune": 0.0}
+    prepare(small_resnet(), ["macs<=50%", "params<=120%"], bn.SearchOptions(epochs=26, **stepped))
+    with pytest.raises(ConfigError, match=r"50 % of the full cost, in the search, got 60 %: search for longer"):
+        prepare(small_resnet(), ["macs<=50%"], bn.SearchOptions(epochs=25, **stepped))
 
 
 @pytest.mark.parametrize("target", ["moving", "exponential", "stepped"])

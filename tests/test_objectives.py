@@ -181,7 +181,7 @@ def test_the_price_is_the_clipped_sum_of_excesses_and_never_negative(excesses, p
 
 @given(st.floats(0.01, 3))
 def test_the_price_rises_over_the_limit_and_falls_back_to_nothing_under_it(excess: float):
-    price, values = Price(), []
+    price, values = Price(proportional=10.0, integral=0.05), []
     for _ in range(10):
         price.update(excess)
         values.append(price.value)
@@ -205,7 +205,7 @@ def test_the_price_of_a_target_is_the_sum_of_excesses_with_its_sign(excesses, pr
 
 
 def test_a_fixed_price_stays():
-    price = Price(fixed=0.25)
+    price = Price(proportional=10.0, integral=0.05, fixed=0.25)
     price.update(5.0)
     assert (price.value, price.accumulated) == (0.25, 0)
 
@@ -214,7 +214,7 @@ def test_a_fixed_price_stays():
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_gains_outside_their_range(option: str, value: float):
     with pytest.raises(ConfigError, match=f"{option} must be >= 0, got {value}"):
-        Price(**{option: value})
+        Price(**{"proportional": 10.0, "integral": 0.05, option: value})
 
 
 @settings(deadline=None)

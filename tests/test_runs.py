@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 
 from budgetnet import Budget, SearchOptions, cli, data, load, search, session, spaces
 from budgetnet.costs.timetable import Setting, Timetable
-from budgetnet.errors import ConfigError, DivergenceError, FileError
+from budgetnet.errors import ConfigError, DivergenceError, FileError, UnreachableBudget
 from budgetnet.export import export
 from budgetnet.export import load as load_export
-from budgetnet.files import replace
+from budgetnet.files import aside, replace
 from budgetnet.runs import RunFolder, load_tensors, next_folder
 from budgetnet.session import Session
 from budgetnet.training import Learner, Sums
@@ -137,10 +137,55 @@ def test_what_differs_is_named_down_to_the_option(tmp_path):
             run.create({**asked, "search": {"seed": 0, "milestones": (0.5,)}, **changed}, resume=True)
 
 
-def test_the_next_folder_is_the_first_that_is_free(tmp_path):
+def test_two_writers_of_one_file_are_in_nobodys_way(tmp_path):
+    """Each has a file of its own until it is done; the one that is done last counts."""
+    file = tmp_path / "a.json"
+    with aside(file) as first:
+        first.write_text("first")
+        with aside(file) as second:
+            second.write_text("second")
+        assert file.read_text() == "second"
+        assert first.read_text() == "first"
+    assert file.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_next_folder_is_the_first_that_is_free_and_no_other_run_takes_it(tmp_path):
     (tmp_path / "a-1").mkdir()
     (tmp_path / "a-3").mkdir()
-    assert next_folder(tmp_path, "a") == tmp_path / "a-2"
+    with next_folder(tmp_path, "a") as first, next_folder(tmp_path, "a") as second:
+        assert [first, second] == [tmp_path / "a-2", tmp_path / "a-4"]
+    assert second.is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="a run needs a folder to write to, got"), next_folder(tmp_path / "file", "a"):
+        pass
+
+
+def test_a_search_that_is_refused_leaves_no_folder(tmp_path, monkeypatch):
+    """One that got as far as writing keeps what it wrote."""
+    monkeypatch.chdir(tmp_path)
+    space = spaces.resnet_fabric(width=1, channels=4, image_size=8, in_channels=1)
+    digits, options = data.load("digits").subset(128, seed=0), SearchOptions(epochs=1, warmup=0, finetune=0)
+    with pytest.raises(UnreachableBudget):
+        search(space, digits, ["macs<=1"], options)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Session, "run_epoch", crash)
+    with pytest.raises(Crash):
+        search(space, digits, ["macs<=50%"], options)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == [
+        "runs/digits-resnet_fabric-1/options.json"
+    ]
+
+
+def test_a_wrong_architecture_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(Budget, "bind", crash)
+    space = spaces.resnet_fabric(width=1, channels=4, image_size=8, in_channels=1)
+    for wrong, message in (
+        ("vgg", "architectures of resnet_fabric are"),
+        (torch.zeros(1, space.gate_count), "connect"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            search(space, data.load("digits"), ["latency<=50%"], architecture=wrong, out=tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,22 @@ def test_a_stepped_target_falls_with_the_epochs_of_the_search(tmp_path):
     assert shares[0] * full == limit
 
 
+def test_seconds_within_an_epoch_are_in_its_checkpoints(tmp_path, monkeypatch):
+    """The clock moves by 100 s a batch; a checkpoint is due after each."""
+    one, seconds = session(tmp_path, fabric(), 192, epochs=1, warmup=0, finetune=0), [0.0]
+    step, saved = one.learner.step, []
+
+    def slow(*given, **told):
+        step(*given, **told)
+        seconds[0] += 100
+
+    monkeypatch.setattr(one.learner, "step", slow)
+    monkeypatch.setattr("budgetnet.session.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr(RunFolder, "save_checkpoint", lambda self, tensors, state: saved.append(state["seconds"]))
+    one.run_epoch(None)
+    assert saved == [100, 200, 300, 300]
+
+
 def test_activation_is_the_share_of_samples_in_which_a_gate_was_open(tmp_path):
     """Gates 0, 1, 2 are of edges; the sites have 2, 3 and 6 gates, three channels each but the last."""
     one = session(tmp_path, resnet(gates="both", granularity=3), 64)

@@ -90,6 +90,20 @@ def build():
     edges = [Edge(start=start, end=end, module=nn.Identity()) for start, end in ("xa", "ab", "ba", "by")]
     return SuperNetwork(edges, input_shape=(1, 8, 8))
 """
+RIGID = """
+from budgetnet import Edge, SuperNetwork
+from torch import nn
+
+class Rigid(nn.Module):
+    def forward(self, x):
+        return x.reshape(2, *x.shape[1:])
+
+def build():
+    layers = {"still": nn.Identity(), "rigid": Rigid(), "last": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}
+    edges = [Edge(start="y" if name == "last" else "x", end="z" if name == "last" else "y", module=layer, name=name)
+             for name, layer in layers.items()]
+    return SuperNetwork(edges, input_shape=(1, 8, 8), sink="z")
+"""
 FEW = "search --epochs 3 --warmup 0.34 --finetune 0.33 --budget macs<=60% --out {tmp}/run"
 OWN = f"{FEW} --space {{tmp}}/own.py:build"
 FOLDER = f"{FEW} --data {{tmp}}/data"
@@ -189,6 +203,7 @@ SPACES = [
         OWN,
         written("own.py", CYCLE),
     ),
+    Wrong("a space with a layer that no exporter writes", OWN, written("own.py", RIGID)),
     Wrong("weights from no file", search("--weights {tmp}/none.pth")),
     Wrong("weights that are a text", search("--weights {tmp}/w.pth"), written("w.pth", "Dear all")),
     Wrong("weights that are a trap", search("--weights {tmp}/w.pth"), written("w.pth", trapped())),

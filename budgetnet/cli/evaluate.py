@@ -17,7 +17,7 @@ from budgetnet.runs import RunFolder
 
 
 def evaluate_command(arguments: list[str]) -> None:
-    """Budgetnet evaluate"""
+    """Prints how good a run's network is on the test images, its gates decided in one way, and what it costs."""
     target, rest = positional(arguments, "evaluate RUN")
     own, rest = take(rest, "--space", "")
     parser = parser_of("evaluate", "Looks at the test images with the gates of a run, decided in one way.", "", "RUN")

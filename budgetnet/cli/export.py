@@ -22,7 +22,7 @@ from budgetnet.runs import RunFolder
 
 
 def export_command(arguments: list[str]) -> None:
-    """Budgetnet export"""
+    """Copies the network of a finished run to a file, near-constant gates folded where that is asked."""
     target, rest = positional(arguments, "export RUN")
     own, rest = take(rest, "--space", "")
     parser = parser_of("export", "Copies the network of a finished run to a file.", "", "RUN")

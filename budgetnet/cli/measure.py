@@ -30,7 +30,7 @@ from budgetnet.supernet import SuperNetwork
 
 
 def measure_command(arguments: list[str]) -> None:
-    """Budgetnet measure"""
+    """Prints what a space, a run or an exported file costs."""
     target, rest = positional(arguments, "measure RUN|FILE.onnx|FILE.pt2|SPACE")
     space = target if target in spaces.BY_NAME or ":" in target else ""
     own, rest = take(rest, "--space", "")

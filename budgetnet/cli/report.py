@@ -9,7 +9,7 @@ from budgetnet.cli.flags import parser_of
 
 
 def report_command(arguments: list[str]) -> None:
-    """Budgetnet report"""
+    """Writes the page of a run, or of several beside each other."""
     parser = parser_of("report", "Writes the page of a run, or of several beside each other.", "", "RUN ...")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, finished or not")
     parser.add_argument(

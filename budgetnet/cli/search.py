@@ -24,7 +24,7 @@ from budgetnet.weights import MEAN, STD, classifies_alike, load_torchvision, rea
 
 
 def search_command(arguments: list[str]) -> None:
-    """Budgetnet search"""
+    """Learns a network that keeps its budgets, and tells what was found."""
     space, rest = take(arguments, "--space", "resnet_fabric")
     parser = parser_of("search", "Learns a network that keeps its budget.", space, "--space NAME")
     parser.add_class_arguments(SearchOptions, None)

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from budgetnet.errors import DataError
+from budgetnet.files import aside
 
 LARGE = 1 << 30  # bytes; a larger array stays on disk and is read through a memory map
 VERSION = 1  # of what the arrays hold; a new number leaves the old files unread
@@ -95,15 +95,8 @@ def _open(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.nda
 
 def _write(path: Path, write: Callable[[str], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".npy", dir=path.parent)
-    os.close(handle)
-    try:
-        write(name)
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with aside(path) as part:
+        write(str(part))
 
 
 def _write_mapped(
