@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from budgetnet.conditional import tuning
 from budgetnet.conditional.branches import WHOLE, Limits
 from budgetnet.conditional.network import ConditionalNetwork
-from budgetnet.conditional.onnx import export_conditional, kind_of
+from budgetnet.conditional.onnx import export_conditional, kind_of, onnx_path
+from budgetnet.export import export as export_plain
 from budgetnet.export import load
 from budgetnet.files import put
 from budgetnet.timing import interleaved
@@ -62,6 +63,25 @@ def tune_fastest(network: ConditionalNetwork, examples: Tensor, repeats: int) ->
     run(ways[times.index(min(times))])
 
 
+def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
+    """Writes a network that a search handed over to a file; the ending, .onnx or .pt2, says which kind.
+
+    Args:
+        network: maps `(B, C, H, W)` to its output; exported as it stands in evaluation mode, itself unchanged. One
+            whose gates look at the input is written as `export_fastest` does: it takes one image at a time.
+        path: where to; ends in .onnx where gates look at the input.
+        example: `(B, C, H, W)`; of gates that look at the input real ones, eight or so, on which the file is timed and
+            compared with the network.
+
+    Raises:
+        ConfigError: the ending is another, or, of gates that look at the input, as `export_conditional`.
+    """
+    if not isinstance(network, ConditionalNetwork):
+        return export_plain(network, path, example)
+    export_fastest(network, path, example)
+    return Path(path)
+
+
 def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tensor) -> Written:
     """Writes a network to an ONNX file as `export_conditional` does, its channel groups in the way that is faster.
 
@@ -75,7 +95,7 @@ def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tens
     Raises:
         ConfigError: as `export_conditional`.
     """
-    path = Path(path)
+    path = onnx_path(path)
     kinds = {
         name: [kind_of(edge.body, **options) for edge in network.conditional_branches]
         for name, options in VARIANTS.items()
