@@ -46,6 +46,9 @@ from budgetnet.supernet import SuperNetwork
 CURVE = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Thresholds at which accuracy and cost are looked at on validation data (Herrmann et al., Figure 10)."""
 
+WITHOUT_GATES = cost_name(MACs(gates=False))
+"""MACs without those that it takes to decide by the input."""
+
 TUNED, REPEATS = (1, 16), 7
 """Validation images a batch at which it is measured where skipping pays, and how often."""
 
@@ -151,7 +154,8 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
     runs, in torch and in its file, is chosen by what is faster on this machine.
     """
     network = session.network
-    models = {"macs": MACs().bind(network)} | {budget.name: budget.model for budget in session.budgets}
+    told = {"macs": MACs().bind(network)} | {budget.name: budget.model for budget in session.budgets}
+    models = {WITHOUT_GATES: MACs(gates=False).bind(network)} | told
 
     def look(tau: float, batches: Batches = session.validation) -> Observed:
         examples, data = batches.epoch(0), session.data
@@ -188,6 +192,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
             "budgets": [reached(budget, seen.costs[budget.name]) for budget in session.budgets],
             "network": {
                 "macs": seen.costs["macs"],
+                WITHOUT_GATES: seen.costs[WITHOUT_GATES],
                 "params": sum(value.numel() for value in plain.parameters()),
                 "memory:params": state_bytes(plain),
                 "latency_ms": {**file_latency(path, x[:1]), "runtime": "onnxruntime", "threads": 1, "batch": 1},
@@ -200,7 +205,10 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
                 "tau": tau,
                 "rates": seen.rates,
                 "test_costs": test.costs,
-                "curve": [{"tau": at, "accuracy": one.quality["accuracy"], "costs": one.costs} for at, one in curve],
+                "curve": [
+                    {"tau": at, "accuracy": one.quality["accuracy"], "costs": {name: one.costs[name] for name in told}}
+                    for at, one in curve
+                ],
                 "exits": exits,
                 "onnx": written["groups"],
             },

@@ -8,6 +8,7 @@ import runpy
 import sys
 from functools import partial
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -437,17 +438,45 @@ def test_a_run_of_gates_that_look_at_the_input_costs_what_is_expected(conditiona
     network = conditional.read("result.json")["network"]
     found = say("measure", conditional.path)
     assert found["costs"] == pytest.approx(
-        {"macs": network["macs"], "params": network["params"], "memory:params": network["memory:params"]}
+        {name: network[name] for name in ("macs", "macs[gates=false]")}
+        | {"params": network["params"], "memory:params": network["memory:params"]}
         | {"latency": network["latency_ms"]["median"]}
     )
     assert found["units"]["macs"] == "MAC"
-    assert list(say("measure", conditional.path, "--costs", "macs")["costs"]) == ["macs"]
+    bare = say("measure", conditional.path, "--costs", "macs[gates=False],macs")
+    assert list(bare["costs"]) == ["macs[gates=False]", "macs"]
+    assert bare["costs"]["macs[gates=False]"] == found["costs"]["macs[gates=false]"]
+    assert cli.main(["measure", str(conditional.path)]) == 0
+    assert "macs[gates=false]" in capsys.readouterr().out
     assert cli.main(["measure", str(conditional.path), "--costs", "steps"]) == cli.WRONG
-    assert "can be measured macs, params, memory:params, latency, got 'steps'" in capsys.readouterr().err
+    assert (
+        "can be measured macs, macs[gates=false], params, memory:params, latency, got 'steps'"
+        in capsys.readouterr().err
+    )
     mostly = say("measure", conditional.path, "--architecture", conditional.path / "architecture.json")
     assert set(mostly["costs"]) == {"macs", "steps"}
     space = say("measure", "resnet", "--space.depth", "8", "--space.conditional", "true")
     assert set(space["costs"]) == {"macs", "steps"}
+
+
+def test_what_it_takes_to_decide_is_told_apart_from_what_is_decided_on(conditional, capsys, say):
+    """By hand: a head pools what it looks at, and has its layers' MACs for each gate; all heads are reached."""
+    result = conditional.read("result.json")
+    network = spaces.resnet(depth=8, channels=4, in_channels=1, image_size=8, conditional=True)
+    deciding = 0
+    for edge, head in network.heads.items():
+        shape = network.gate_shape(int(edge))
+        deciding += prod(shape) + head.count * (shape[0] * 16 + 16)
+    capsys.readouterr()
+    for split in (result["network"], result["inference"]["test_costs"]):
+        assert split["macs"] - split["macs[gates=false]"] == pytest.approx(deciding)
+    assert all(list(point["costs"]) == ["macs"] for point in result["inference"]["curve"])
+    kept = say("evaluate", conditional.path, "--costs", "macs[gates=false],macs")
+    assert kept["costs"] == pytest.approx(result["inference"]["test_costs"], rel=1e-5)
+    assert "MACs, deciding by the input left out" in (conditional.path / "report.html").read_text()
+    asked = ["resnet", "--space.depth", "8", "--space.conditional", "true", "--costs", "macs,macs[gates=false]"]
+    space = say("measure", *asked)["costs"]
+    assert space["macs"] > space["macs[gates=false]"]
 
 
 def test_gates_that_hardly_look_at_the_input_are_folded(conditional, tmp_path, capsys, say):

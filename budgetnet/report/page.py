@@ -174,6 +174,7 @@ def evidence(run: Run) -> list[tuple[str, str]]:
         rows.append(("Latency, median", f"{spread} in {how}"))
     for cost, unit, name in (
         ("macs", "MAC", "MACs"),
+        ("macs[gates=false]", "MAC", "MACs, deciding by the input left out"),
         ("params", "parameter", "Parameters"),
         ("memory:params", "byte", "Bytes of weights"),
     ):
@@ -182,7 +183,7 @@ def evidence(run: Run) -> list[tuple[str, str]]:
             part = f", {share(value, full)} of the full super network's {si(full)}" if full else ""
             rows.append((name, f"{exact(value)} {plural(unit)}{part}"))
     inference = run.result.inference
-    units = {"macs": "MAC"} | {budget.cost: budget.unit for budget in run.result.budgets}
+    units = {"macs": "MAC", "macs[gates=false]": "MAC"} | {budget.cost: budget.unit for budget in run.result.budgets}
     for cost, value in (inference.test_costs if inference else {}).items():
         rows.append((f"{cost} on the test images, on average", f"{si(value)} {plural(units.get(cost, ''))}"))
     for name, measured in (("Validation", run.result.validation), ("Test", run.result.test)):
