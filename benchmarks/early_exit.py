@@ -84,8 +84,6 @@ def train(
         "costs"
     ]
     images = next(iter(Batches(data.test, batch_size=TIMED, shuffle=False).epoch(0)))[0]
-    network = found.network()
-    network.tune(images)
     return {
         "budgets": found.result["budgets"],
         "accuracy": found.result["test"]["accuracy"],
@@ -96,7 +94,7 @@ def train(
         "macs_without": plain.result["network"]["macs"],
         "tau": looked["tau"],
         "exits": looked["exits"],
-        "latency": peers.measure(network, images, plain.network())["latency"],
+        "latency": peers.measure(found.network(), images, plain.network())["latency"],
         "seconds": found.result["seconds"],
         "seconds_without": plain.result["seconds"],
         "network": shape,

@@ -19,6 +19,7 @@ from budgetnet.budgets import BoundBudget, cost_name, parse_cost
 from budgetnet.building import space_of_run
 from budgetnet.conditional import (
     ConditionalNetwork,
+    beside,
     conditional,
     export_fastest,
     one_by_one,
@@ -49,7 +50,7 @@ CURVE = (0.1, 0.3, 0.5, 0.7, 0.9)
 WITHOUT_GATES = cost_name(MACs(gates=False))
 """MACs without those that it takes to decide by the input."""
 
-TUNED, REPEATS = (1, 16), 7
+TUNED, REPEATS = (1, 16, 64), 7
 """Validation images a batch at which it is measured where skipping pays, and how often."""
 
 TIMED = 8
@@ -183,6 +184,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
     session.run.write("break-even.json", plain.table)
     path = session.run.path / "network.onnx"
     written = export_fastest(plain, path, examples[:TIMED])
+    full = fold_batch_norm(extract(network, network.architecture("full")))
     batch = x[:16]
     kept = (torch.tensor(seen.rates) > 0.5).float()[None]
     return (
@@ -211,6 +213,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
                 ],
                 "exits": exits,
                 "onnx": written["groups"],
+                "beside_full": beside(plain, path, full, examples, TUNED),
             },
             "equivalence": {
                 "extracted": difference(lambda x: network.masked(x, Threshold(tau))[0], plain, batch),

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from wrong_files import branching
 
 from budgetnet import __version__, cli, spaces, training
 from budgetnet import data as datasets
+from budgetnet.cli.search import _tell
 from budgetnet.delivery import restored
 from budgetnet.export import difference, load
 from budgetnet.options import DEFAULTS
@@ -457,6 +459,17 @@ def test_a_run_of_gates_that_look_at_the_input_costs_what_is_expected(conditiona
     assert set(mostly["costs"]) == {"macs", "steps"}
     space = say("measure", "resnet", "--space.depth", "8", "--space.conditional", "true")
     assert set(space["costs"]) == {"macs", "steps"}
+
+
+def test_a_person_is_told_where_gates_cost_more_time_than_they_save(conditional, capsys):
+    result = conditional.read("result.json")
+    for ratio, slow in ((0.84, False), (1.21, True)):
+        inference = result["inference"] | {"beside_full": {"torch 1": 0.9, "onnxruntime 1": ratio}}
+        capsys.readouterr()
+        _tell(SimpleNamespace(result=result | {"inference": inference}, run=conditional.path))
+        told = " ".join(capsys.readouterr().out.split())
+        assert f"without gates: 0.90 in torch at batch 1, {ratio:.2f} in onnxruntime at batch 1" in told
+        assert ("slower than the full network without gates in onnxruntime at batch 1: `budgetnet" in told) == slow
 
 
 def test_what_it_takes_to_decide_is_told_apart_from_what_is_decided_on(conditional, capsys, say):

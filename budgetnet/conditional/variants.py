@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ VARIANTS: dict[str, dict[str, int]] = {"branches": {}, "masks": {"branches": 1, 
 """How an edge's channel groups are written, as options of `export_conditional`; the first unless another is faster."""
 
 CALLS = 8
-"""Times that all examples are run in each file."""
+"""Times that all examples are run in each file, and batches that are timed."""
 
 
 class Written(TypedDict):
@@ -114,6 +115,43 @@ def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tens
         for file in files.values():
             file.unlink(missing_ok=True)
     return {"groups": chosen, "ms": ms}
+
+
+@torch.no_grad()
+def beside(
+    network: ConditionalNetwork, file: str | Path, full: nn.Module, examples: Tensor, batches: Sequence[int]
+) -> dict[str, float]:
+    """Median times of a network and its file, relative to those of the full network without gates, run in turn.
+
+    Args:
+        network: as it was tuned.
+        file: it was exported to.
+        full: plain, in evaluation mode; exported, too.
+        examples: `(B, C, H, W)` real ones: which gates they open decides what is faster.
+        batches: sizes; of each up to `CALLS` batches of the examples are run.
+
+    Returns:
+        `{"torch 1": 0.93, "torch 16": ..., "onnxruntime 1": ...}`, more than 1 where the network is slower.
+    """
+    found = {}
+    for batch in batches:
+        parts = examples[: CALLS * batch].split(batch)
+        found[f"torch {batch}"] = _ratio(partial(_all, network, parts), partial(_all, full, parts))
+    with tempfile.TemporaryDirectory() as folder:
+        plain = export_plain(full, Path(folder) / "full.onnx", examples[:1])
+        parts = examples[:CALLS].split(1)
+        found["onnxruntime 1"] = _ratio(*(partial(_all, load(path), parts) for path in (file, plain)))
+    return found
+
+
+def _ratio(run: Callable[[], object], other: Callable[[], object]) -> float:
+    mine, others = (timing.quantile(0.5) for timing in interleaved([run, other], calls=CALLS))
+    return mine / others
+
+
+def _all(run: Callable[[Tensor], object], parts: Sequence[Tensor]) -> None:
+    for x in parts:
+        run(x)
 
 
 def one_by_one(run: Callable[[Tensor], Tensor], examples: Tensor) -> Tensor:
