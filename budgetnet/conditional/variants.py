@@ -135,11 +135,11 @@ def beside(
     """
     found = {}
     for batch in batches:
-        parts = examples[: CALLS * batch].split(batch)
+        parts = torch.split(examples[: CALLS * batch], batch)
         found[f"torch {batch}"] = _ratio(partial(_all, network, parts), partial(_all, full, parts))
     with tempfile.TemporaryDirectory() as folder:
         plain = export_plain(full, Path(folder) / "full.onnx", examples[:1])
-        parts = examples[:CALLS].split(1)
+        parts = torch.split(examples[:CALLS], 1)
         found["onnxruntime 1"] = _ratio(*(partial(_all, load(path), parts) for path in (file, plain)))
     return found
 
