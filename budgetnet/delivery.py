@@ -299,7 +299,7 @@ def evaluate_gates(
 
     Args:
         network: with choices, and its weights; its batch norms are set.
-        data: what it is looked at on; training images set its batch norms.
+        data: what it is looked at on; training images, augmented as in training, set its batch norms.
         inference: decides the gates.
         costs: as written in budgets.
         recalibration: batches that set the batch norms to what they are under these decisions; 0 for none.
@@ -313,7 +313,9 @@ def evaluate_gates(
     asked = [parse_cost(text) for text in costs]
     generator = torch.Generator().manual_seed(inference.seed)
     if recalibration:
-        batches = Batches(data.train, batch_size=batch_size, seed=inference.seed).several(recalibration)
+        batches = Batches(
+            data.train, batch_size=batch_size, augmentation=data.augmentation, seed=inference.seed
+        ).several(recalibration)
         recalibrate(network, lambda x: network(x, inference.deciders(len(x), generator)[0])[0], batches)
     network.eval()
     seen = observe(

@@ -21,6 +21,7 @@ from wrong_files import branching
 
 from budgetnet import __version__, cli, spaces, training
 from budgetnet import data as datasets
+from budgetnet.cli.finished import data_of_run
 from budgetnet.cli.search import _tell
 from budgetnet.delivery import restored
 from budgetnet.export import difference, load
@@ -509,6 +510,15 @@ def test_gates_that_hardly_look_at_the_input_are_folded(conditional, tmp_path, c
     assert load(out)(x).shape == (1, 10)
     assert cli.main(["export", str(conditional.path), "--fold", "0.05", "--out", str(out)]) == 0  # for a person
     assert "gates are constants now" in capsys.readouterr().out
+
+
+def test_the_data_of_a_run_are_augmented_as_in_the_run(conditional, tmp_path):
+    options = conditional.read("options.json")
+    again = RunFolder(tmp_path)
+    again.write("options.json", options | {"data": options["data"] | {"pad": 3, "flip": True}})
+    network = spaces.resnet(depth=8, channels=4, in_channels=1, image_size=8)
+    augmentation = data_of_run(again, network, SimpleNamespace(data=None, root="data")).augmentation
+    assert (augmentation.pad, augmentation.flip) == (3, True)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from small import unsettled
 
 import budgetnet as bn
 from budgetnet.conditional import beside, conditional
@@ -24,7 +25,7 @@ from budgetnet.inference import (
     settled_threshold,
 )
 from budgetnet.runs import RunFolder
-from budgetnet.sites import Fixed, Sample, Threshold
+from budgetnet.sites import AlwaysOn, Fixed, Sample, Threshold
 from budgetnet.timing import Timing
 
 resnet = partial(bn.spaces.resnet, depth=8, channels=4, image_size=8, in_channels=1, conditional=True)
@@ -263,6 +264,8 @@ def test_a_run_is_evaluated_from_its_checkpoint(tmp_path):
     for name, value in found.supernet.named_parameters():
         assert torch.equal(value, network.get_parameter(name))
     seen = evaluate_gates(network, digits, Inference("always-on"), ["macs", "activation"], recalibration=2)
+    batches = Batches(digits.train, batch_size=128, augmentation=digits.augmentation).several(2)  # as in training
+    assert unsettled(network, lambda network, x: network(x, AlwaysOn()), [x for x, _ in batches]) < 1e-4
     assert seen["costs"]["activation"] == network.gate_count
     assert seen["activation"] == 1
     assert seen["units"] == {"macs": "MAC", "activation": "gate"}
