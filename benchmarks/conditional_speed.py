@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import budgetnet as bn
-from budgetnet.conditional import conditional, export_conditional
+from budgetnet.conditional import conditional, export_fastest, tune_fastest
 from budgetnet.evaluation import recalibrate
 from budgetnet.export import export, load
 from budgetnet.extraction import extract, fold_batch_norm
@@ -84,10 +84,12 @@ def print_rows(
             relative = float(macs(space.used(kept)).mean()) / float(whole(space.used(full))[0])
             counted.append((float(kept[:, space.independent :].mean()), relative))
             if runtime == "torch":
-                network.tune(inputs[0], repeats=7)
+                tune_fastest(network, inputs[0], repeats=7)
                 ways.append(network)
             else:
-                ways.append(load(export_conditional(network, Path(folder) / f"{like}{share}.onnx", x[:1])))
+                file = Path(folder) / f"{like}{share}.onnx"
+                export_fastest(network, file, x[:8])
+                ways.append(load(file))
         medians = interleaved(ways, inputs, arguments.repeats * (1 if batch > 1 else 3))
     for (like, _), (opened, share), taken in zip(kinds, counted, medians[2:], strict=True):
         ratio, bare = taken / medians[0], taken / medians[1]

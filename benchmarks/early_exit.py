@@ -4,10 +4,10 @@
 
 The exits' gates learn under a limit on the layers that an image passes on average, or any other; they see how sure an
 exit's classifier is ("answer"), or look at the features beside it, as in the paper ("features"). For each exit: the
-share of the test images that leave there, how many are right of all and of those, then the mean share of layers and
-MACs used and the time beside the network without exits, in turns, on one thread. The default network is small, for two
-cores; the paper's is `--depth 100 --growth 12 --exit-channels 128 --exit-pool 1` with all images. A row that is kept in
---rows is not trained again. Prints Markdown tables.
+share of the test images that leave there, how many are right of all and of those, then the mean layers, MACs and time,
+each as a share of those of the network without exits, the last in turns, on one thread. The default network is small,
+for two cores; the paper's is `--depth 100 --growth 12 --exit-channels 128 --exit-pool 1` with all images. A row that is
+kept in --rows is not trained again. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -83,24 +83,27 @@ def train(
     costs = evaluate_gates(found.supernet, data, Inference(tau=looked["tau"]), ["layers", "macs"], recalibration=0)[
         "costs"
     ]
-    whole = found.supernet.used(found.supernet.architecture("full"))
     images = next(iter(Batches(data.test, batch_size=TIMED, shuffle=False).epoch(0)))[0]
-    network = found.network()
-    network.tune(images)
     return {
         "budgets": found.result["budgets"],
         "accuracy": found.result["test"]["accuracy"],
         "accuracy_without": plain.result["test"]["accuracy"],
-        "layers": costs["layers"] / float(bn.budgets.parse_cost("layers").bind(found.supernet)(whole)[0]),
+        "layers": costs["layers"],
+        "layers_without": layers_of(plain),
         "macs": costs["macs"],
         "macs_without": plain.result["network"]["macs"],
         "tau": looked["tau"],
         "exits": looked["exits"],
-        "latency": peers.measure(network, images, plain.network())["latency"],
+        "latency": peers.measure(found.network(), images, plain.network())["latency"],
         "seconds": found.result["seconds"],
         "seconds_without": plain.result["seconds"],
         "network": shape,
     }
+
+
+def layers_of(found: bn.Found) -> float:
+    """Convolutions and linear layers of a network that a search without a budget returned."""
+    return float(bn.costs.Layers().bind(found.supernet)(found.supernet.used(found.architecture))[0])
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
@@ -116,10 +119,11 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         cells = (mean([place[key] for place in places]) for key in ("share", "accuracy_all", "accuracy_chosen"))
         print(f"| {places[0]['name']} | {' | '.join(cells)} |")
     ways = list(rows[0]["latency"])
-    print(f"\n| accuracy | without exits | layers used | MACs / without exits | {' | '.join(ways)}, time ratios |")
+    beside = "layers / without exits | MACs / without exits"
+    print(f"\n| accuracy | without exits | {beside} | {' | '.join(ways)}, time ratios |")
     print("|---" * (len(ways) + 4) + "|")
-    shares = [row["macs"] / row["macs_without"] for row in rows]
-    cells = [mean([row[key] for row in rows]) for key in ("accuracy", "accuracy_without", "layers")] + [mean(shares)]
+    shares = [[row[key] / row[f"{key}_without"] for row in rows] for key in ("layers", "macs")]
+    cells = [mean([row[key] for row in rows]) for key in ("accuracy", "accuracy_without")] + list(map(mean, shares))
     cells += [f"{statistics.mean(row['latency'][way]['ratio'] for row in rows):.2f}" for way in ways]
     print(f"| {' | '.join(cells)} |", flush=True)
 

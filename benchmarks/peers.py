@@ -30,11 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import budgetnet as bn
 from budgetnet.blocks import initialise
-from budgetnet.conditional import ConditionalNetwork, export_conditional
+from budgetnet.conditional import ConditionalNetwork
 from budgetnet.data import Batches
 from budgetnet.errors import ConfigError, DivergenceError, UnreachableBudget
 from budgetnet.evaluation import evaluate
-from budgetnet.export import export, load
+from budgetnet.export import load
 from budgetnet.gated import memory_format
 from budgetnet.objectives import example_losses
 from budgetnet.options import resolve_device, resolve_precision
@@ -325,7 +325,7 @@ def measure(
     try:
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder) / name for name in ("network.onnx", "beside.onnx")]
-            files = [_exported(each, path, images) for each, path in zip((plain, other), paths, strict=True)]
+            files = [bn.export(each, path, images[:8]) for each, path in zip((plain, other), paths, strict=True)]
             for batch in batches:
                 inputs = (images[:16] if batch == 1 else images).split(batch)
                 last = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
@@ -355,12 +355,6 @@ def _beside(
 def _all(run: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> None:
     for x in inputs:
         run(x)
-
-
-def _exported(network: nn.Module, path: Path, images: Tensor) -> Path:
-    if isinstance(network, ConditionalNetwork):
-        return export_conditional(network, path, images[:4])
-    return export(network, path, images[:1])
 
 
 @torch.no_grad()

@@ -274,7 +274,9 @@ def cost_name(cost: Cost) -> str:
         return name
     if changed == [known[0]]:
         return f"{name}:{getattr(cost, known[0].name)}"
-    return f"{name}[{','.join(f'{field.name}={getattr(cost, field.name)}' for field in changed)}]"
+    values = [(field.name, getattr(cost, field.name)) for field in changed]
+    told = [f"{option}={str(value).lower() if isinstance(value, bool) else value}" for option, value in values]
+    return f"{name}[{','.join(told)}]"
 
 
 def check_reachable(

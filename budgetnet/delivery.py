@@ -19,6 +19,7 @@ from budgetnet.budgets import BoundBudget, Cost, cost_name, parse_cost
 from budgetnet.building import space_of_run
 from budgetnet.conditional import (
     ConditionalNetwork,
+    beside,
     conditional,
     export_fastest,
     one_by_one,
@@ -46,7 +47,10 @@ from budgetnet.supernet import SuperNetwork
 CURVE = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Thresholds at which accuracy and cost are looked at on validation data (Herrmann et al., Figure 10)."""
 
-TUNED, REPEATS = (1, 16), 7
+WITHOUT_GATES = cost_name(MACs(gates=False))
+"""MACs without those that it takes to decide by the input."""
+
+TUNED, REPEATS = (1, 16, 64), 7
 """Validation images a batch at which it is measured where skipping pays, and how often."""
 
 TIMED = 8
@@ -161,7 +165,8 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
     runs, in torch and in its file, is chosen by what is faster on this machine.
     """
     network = session.network
-    models = {"macs": MACs().bind(network)} | {budget.name: budget.model for budget in session.budgets}
+    told = {"macs": MACs().bind(network)} | {budget.name: budget.model for budget in session.budgets}
+    models = {WITHOUT_GATES: MACs(gates=False).bind(network)} | told
 
     def look(tau: float, batches: Batches = session.validation) -> Observed:
         examples, data = batches.epoch(0), session.data
@@ -189,6 +194,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
     session.run.write("break-even.json", plain.table)
     path = session.run.path / "network.onnx"
     written = export_fastest(plain, path, examples[:TIMED])
+    full = fold_batch_norm(extract(network, network.architecture("full")))
     batch = x[:16]
     kept = (torch.tensor(seen.rates) > 0.5).float()[None]
     return (
@@ -198,6 +204,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
             "budgets": [reached(budget, seen.costs[budget.name]) for budget in session.budgets],
             "network": {
                 "macs": seen.costs["macs"],
+                WITHOUT_GATES: seen.costs[WITHOUT_GATES],
                 "params": sum(value.numel() for value in plain.parameters()),
                 "memory:params": state_bytes(plain),
                 "latency_ms": {
@@ -215,9 +222,13 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
                 "tau": tau,
                 "rates": seen.rates,
                 "test_costs": test.costs,
-                "curve": [{"tau": at, "accuracy": one.quality["accuracy"], "costs": one.costs} for at, one in curve],
+                "curve": [
+                    {"tau": at, "accuracy": one.quality["accuracy"], "costs": {name: one.costs[name] for name in told}}
+                    for at, one in curve
+                ],
                 "exits": exits,
                 "onnx": written["groups"],
+                "beside_full": beside(plain, path, full, examples, TUNED),
             },
             "equivalence": {
                 "extracted": difference(lambda x: network.masked(x, Threshold(tau))[0], plain, batch),
@@ -304,7 +315,7 @@ def evaluate_gates(
 
     Args:
         network: with choices, and its weights; its batch norms are set.
-        data: what it is looked at on; training images set its batch norms.
+        data: what it is looked at on; training images, augmented as in training, set its batch norms.
         inference: decides the gates.
         costs: as written in budgets.
         recalibration: batches that set the batch norms to what they are under these decisions; 0 for none.
@@ -318,7 +329,9 @@ def evaluate_gates(
     asked = _asked(costs, data, batch_size)
     generator = torch.Generator().manual_seed(inference.seed)
     if recalibration:
-        batches = Batches(data.train, batch_size=batch_size, seed=inference.seed).several(recalibration)
+        batches = Batches(
+            data.train, batch_size=batch_size, augmentation=data.augmentation, seed=inference.seed
+        ).several(recalibration)
         recalibrate(network, lambda x: network(x, inference.deciders(len(x), generator)[0])[0], batches)
     network.eval()
     seen = observe(

@@ -37,12 +37,14 @@ def test_budgets_are_read_as_they_are_written(text, cost, at_most, target):
     assert Budget.parse(text) == Budget(cost, at_most=at_most, target=target)
 
 
-@pytest.mark.parametrize("text", ["macs<=40.9M", "steps:2~=20", "macs:paper<=25%", "params<=1e5", "steps<=3"])
+@pytest.mark.parametrize(
+    "text", ["macs<=40.9M", "steps:2~=20", "macs:paper<=25%", "params<=1e5", "steps<=3", "macs[gates=false]<=40%"]
+)
 def test_a_budget_is_written_as_it_is_read(text: str):
     assert str(Budget.parse(text)) == text
 
 
-@pytest.mark.parametrize("cost", [MACs(), MACs("paper"), Params(), Steps(), Steps(3)])
+@pytest.mark.parametrize("cost", [MACs(), MACs("paper"), MACs(gates=False), Params(), Steps(), Steps(3)])
 def test_a_cost_is_named_as_it_is_read(cost):
     assert parse_cost(cost_name(cost)) == cost
 

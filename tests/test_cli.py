@@ -8,7 +8,9 @@ import runpy
 import sys
 from functools import partial
 from itertools import product
+from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from wrong_files import branching
 
 from budgetnet import __version__, cli, spaces, training
 from budgetnet import data as datasets
+from budgetnet.cli.finished import data_of_run
+from budgetnet.cli.search import _tell
 from budgetnet.delivery import restored
 from budgetnet.export import difference, load
 from budgetnet.options import DEFAULTS
@@ -437,17 +441,56 @@ def test_a_run_of_gates_that_look_at_the_input_costs_what_is_expected(conditiona
     network = conditional.read("result.json")["network"]
     found = say("measure", conditional.path)
     assert found["costs"] == pytest.approx(
-        {"macs": network["macs"], "params": network["params"], "memory:params": network["memory:params"]}
+        {name: network[name] for name in ("macs", "macs[gates=false]")}
+        | {"params": network["params"], "memory:params": network["memory:params"]}
         | {"latency": network["latency_ms"]["median"]}
     )
     assert found["units"]["macs"] == "MAC"
-    assert list(say("measure", conditional.path, "--costs", "macs")["costs"]) == ["macs"]
+    bare = say("measure", conditional.path, "--costs", "macs[gates=False],macs")
+    assert list(bare["costs"]) == ["macs[gates=False]", "macs"]
+    assert bare["costs"]["macs[gates=False]"] == found["costs"]["macs[gates=false]"]
+    assert cli.main(["measure", str(conditional.path)]) == 0
+    assert "macs[gates=false]" in capsys.readouterr().out
     assert cli.main(["measure", str(conditional.path), "--costs", "steps"]) == cli.WRONG
-    assert "can be measured macs, params, memory:params, latency, got 'steps'" in capsys.readouterr().err
+    assert (
+        "can be measured macs, macs[gates=false], params, memory:params, latency, got 'steps'"
+        in capsys.readouterr().err
+    )
     mostly = say("measure", conditional.path, "--architecture", conditional.path / "architecture.json")
     assert set(mostly["costs"]) == {"macs", "steps"}
     space = say("measure", "resnet", "--space.depth", "8", "--space.conditional", "true")
     assert set(space["costs"]) == {"macs", "steps"}
+
+
+def test_a_person_is_told_where_gates_cost_more_time_than_they_save(conditional, capsys):
+    result = conditional.read("result.json")
+    for ratio, slow in ((0.84, False), (1.21, True)):
+        inference = result["inference"] | {"beside_full": {"torch 1": 0.9, "onnxruntime 1": ratio}}
+        capsys.readouterr()
+        _tell(SimpleNamespace(result=result | {"inference": inference}, run=conditional.path))
+        told = " ".join(capsys.readouterr().out.split())
+        assert f"without gates: 0.90 in torch at batch 1, {ratio:.2f} in onnxruntime at batch 1" in told
+        assert ("slower than the full network without gates in onnxruntime at batch 1: `budgetnet" in told) == slow
+
+
+def test_what_it_takes_to_decide_is_told_apart_from_what_is_decided_on(conditional, capsys, say):
+    """By hand: a head pools what it looks at, and has its layers' MACs for each gate; all heads are reached."""
+    result = conditional.read("result.json")
+    network = spaces.resnet(depth=8, channels=4, in_channels=1, image_size=8, conditional=True)
+    deciding = 0
+    for edge, head in network.heads.items():
+        shape = network.gate_shape(int(edge))
+        deciding += prod(shape) + head.count * (shape[0] * 16 + 16)
+    capsys.readouterr()
+    for split in (result["network"], result["inference"]["test_costs"]):
+        assert split["macs"] - split["macs[gates=false]"] == pytest.approx(deciding)
+    assert all(list(point["costs"]) == ["macs"] for point in result["inference"]["curve"])
+    kept = say("evaluate", conditional.path, "--costs", "macs[gates=false],macs")
+    assert kept["costs"] == pytest.approx(result["inference"]["test_costs"], rel=1e-5)
+    assert "MACs, deciding by the input left out" in (conditional.path / "report.html").read_text()
+    asked = ["resnet", "--space.depth", "8", "--space.conditional", "true", "--costs", "macs,macs[gates=false]"]
+    space = say("measure", *asked)["costs"]
+    assert space["macs"] > space["macs[gates=false]"]
 
 
 def test_gates_that_hardly_look_at_the_input_are_folded(conditional, tmp_path, capsys, say):
@@ -467,6 +510,15 @@ def test_gates_that_hardly_look_at_the_input_are_folded(conditional, tmp_path, c
     assert load(out)(x).shape == (1, 10)
     assert cli.main(["export", str(conditional.path), "--fold", "0.05", "--out", str(out)]) == 0  # for a person
     assert "gates are constants now" in capsys.readouterr().out
+
+
+def test_the_data_of_a_run_are_augmented_as_in_the_run(conditional, tmp_path):
+    options = conditional.read("options.json")
+    again = RunFolder(tmp_path)
+    again.write("options.json", options | {"data": options["data"] | {"pad": 3, "flip": True}})
+    network = spaces.resnet(depth=8, channels=4, in_channels=1, image_size=8)
+    augmentation = data_of_run(again, network, SimpleNamespace(data=None, root="data")).augmentation
+    assert (augmentation.pad, augmentation.flip) == (3, True)
 
 
 @pytest.mark.parametrize(

@@ -583,7 +583,9 @@ def test_a_controller_of_nothing_or_of_what_cannot_be_is_one_line():
         bn.Controller(fabric(), ["macs<=3"], total_steps=10)
     with pytest.raises(ConfigError, match="a cost has one budget, got 2 of macs"):
         bn.Controller(fabric(), ["macs<=50%", "macs<=40%"], total_steps=10)
-    with pytest.raises(ConfigError, match=r"a table of times is a file in a folder that is there, got '/no/such/times\.json'"):
+    with pytest.raises(
+        ConfigError, match=r"a table of times is a file in a folder that is there, got '/no/such/times\.json'"
+    ):
         bn.Controller(fabric(), ["latency[table=/no/such/times.json]<=50%"], total_steps=10)
 
 

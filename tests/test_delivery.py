@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
 from small import unsettled
 
 import budgetnet as bn
+from budgetnet.conditional import one_by_one
 from budgetnet.data import Batches
+from budgetnet.errors import ConfigError
 from budgetnet.evaluation import evaluate
 from budgetnet.export import load
 from budgetnet.sites import Threshold
@@ -84,6 +90,17 @@ def test_a_network_with_exits_its_file_and_its_result_agree(exits):
         torch.testing.assert_close(output, masked, rtol=1e-4, atol=1e-4)
 
 
+def test_a_network_that_skips_is_exported_with_its_branches(exits, tmp_path):
+    digits, found = exits
+    x = images(digits.test)[0][:8]
+    file = bn.export(found.network(), tmp_path / "mine.onnx", x)
+    assert "If" in {node.op_type for node in onnx.load(str(file)).graph.node}
+    torch.testing.assert_close(one_by_one(load(file), x), found.plain(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"gates look at the input is exported to a \.onnx file, got 'mine\.pt2'$"):
+        bn.export(found.network(), tmp_path / "mine.pt2", x)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.onnx"]
+
+
 def test_a_network_with_exits_has_batch_norms_of_training_images(exits):
     """Which exit is taken changes nothing before a batch norm."""
     digits, found = exits
@@ -106,3 +123,26 @@ def test_a_plain_network_has_batch_norms_of_training_images(tmp_path):
     for split in ("validation", "test"):
         quality = evaluate(found.plain, [images(getattr(digits, split))], classes=10)
         assert found.result[split] == pytest.approx(quality, rel=1e-4)
+
+
+def test_the_example_of_gates_of_ones_own_keeps_its_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(Path(bn.__file__).parents[1] / "examples" / "own_gated_space.py"), run_name="__main__")
+    found = example["found"]
+    (budget,) = found.result["budgets"]
+    assert budget["limit"] / 2 < budget["value"] <= budget["limit"]
+    assert found.result["test"]["accuracy"] > 0.9
+    file = Path(capsys.readouterr().out.split()[-1])
+    x = images(bn.data.load("digits").test)[0][:16]
+    torch.testing.assert_close(load(file)(x), found.plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_gates_of_ones_own_may_look_at_the_input(tmp_path):
+    path = Path(bn.__file__).parents[1] / "examples" / "own_gated_space.py"
+    space = runpy.run_path(str(path))["gated_cnn"](channels=8, by_input=True)
+    digits, found = search(space, "macs<=70%", tmp_path, epochs=2)
+    tau = found.result["inference"]["tau"]
+    seen = bn.evaluate_gates(found.supernet, digits, bn.Inference(tau=tau), ["macs"], recalibration=0)
+    assert seen["quality"] == pytest.approx(found.result["test"], rel=1e-3)
+    x = images(digits.test)[0][:8]
+    assert torch.equal(bn.load(found.run, space)(x), found.plain(x))

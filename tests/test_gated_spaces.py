@@ -17,7 +17,7 @@ from budgetnet import SuperNetwork
 from budgetnet.architectures import named
 from budgetnet.blocks import dense_block, exit_classifier, padded_identity
 from budgetnet.cli import main
-from budgetnet.costs import MACs, Steps
+from budgetnet.costs import Layers, MACs, Steps
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.extraction import count, extract
 from budgetnet.sites import AnswerGate, ConditionalGates, FeatureGate, Fixed
@@ -516,6 +516,17 @@ def test_an_exit_that_answers_first_costs_its_classifier_whether_it_is_taken_or_
     for used, beside in ((first, 0.0), (second, classifiers[0]), (none, sum(classifiers))):
         asked = 1 if used is first else 2
         assert float(macs(used) - bare(used)) == beside + asked * linear
+
+
+@pytest.mark.parametrize(("gates", "beside"), [("answer", (0, 3, 6)), ("features", (0, 0, 0))])
+def test_the_layers_of_an_exit_that_answers_first_count_whether_it_is_taken_or_not(gates: str, beside: tuple[int, ...]):
+    network = densenet_exits(depth=10, exit_channels=4, exit_gates=gates)
+    # a stem, three blocks of 2, a transition between two and a linear layer; an exit has 3
+    passed = torch.tensor([1 + 2 + 3, 1 + 2 + 1 + 2 + 3, 10], dtype=torch.float64)
+    expected = passed + torch.tensor(beside)
+    layers, used = Layers().bind(network), network.used(network.ways())
+    torch.testing.assert_close(layers(used), expected, rtol=0, atol=0)
+    torch.testing.assert_close(layers(used.double().requires_grad_()).detach(), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("gates", "kind"), [("features", FeatureGate), ("answer", AnswerGate)])

@@ -6,8 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from small import unsettled
 
 import budgetnet as bn
+from budgetnet.conditional import beside, conditional
 from budgetnet.conditional.branches import WHOLE
 from budgetnet.data import Batches
 from budgetnet.delivery import evaluate_gates, fold_gates, restored
@@ -23,7 +25,7 @@ from budgetnet.inference import (
     settled_threshold,
 )
 from budgetnet.runs import RunFolder
-from budgetnet.sites import Fixed, Sample, Threshold
+from budgetnet.sites import AlwaysOn, Fixed, Sample, Threshold
 from budgetnet.timing import Timing
 
 resnet = partial(bn.spaces.resnet, depth=8, channels=4, image_size=8, in_channels=1, conditional=True)
@@ -263,6 +265,8 @@ def test_a_run_is_evaluated_from_its_checkpoint(tmp_path):
     for name, value in found.supernet.named_parameters():
         assert torch.equal(value, network.get_parameter(name))
     seen = evaluate_gates(network, digits, Inference("always-on"), ["macs", "activation"], recalibration=2)
+    batches = Batches(digits.train, batch_size=128, augmentation=digits.augmentation).several(2)  # as in training
+    assert unsettled(network, lambda network, x: network(x, AlwaysOn()), [x for x, _ in batches]) < 1e-4
     assert seen["costs"]["activation"] == network.gate_count
     assert seen["activation"] == 1
     assert seen["units"] == {"macs": "MAC", "activation": "gate"}
@@ -354,13 +358,33 @@ def test_the_network_and_its_file_run_as_is_faster_on_this_machine(tmp_path, mon
     table = json.loads((tmp_path / "run" / "break-even.json").read_text())
     assert found.network().table == table
     assert table
-    assert all(rows == {"1": WHOLE._asdict(), "16": WHOLE._asdict()} for rows in table.values())
+    assert all(rows == dict.fromkeys(("1", "16", "64"), WHOLE._asdict()) for rows in table.values())
     assert calls.count(2) >= 2
     assert found.result["inference"]["onnx"] == faster
+    ratio = 0.5 if faster == "branches" else 2.0
+    assert found.result["inference"]["beside_full"] == dict.fromkeys(
+        ("torch 1", "torch 16", "torch 64", "onnxruntime 1"), ratio
+    )
     assert set(found.result["network"]["onnx_ms"]) == {"branches", "masks"}
     file = tmp_path / "run" / "network.onnx"
     assert (b"ReduceMax" in file.read_bytes()) == (faster == "masks")  # whether any group is open, of a table of bits
     assert not list((tmp_path / "run").glob("network.*.onnx"))
+
+
+def test_a_network_that_skips_is_timed_beside_the_full_one(tmp_path):
+    """A layer that no image takes; the times of both are those of the real networks."""
+    layer = torch.nn.Sequential(*[torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)])
+    edges = [
+        bn.Edge(start="x", end="y", module=layer, name="layer", gate=bn.ConditionalGates),
+        bn.Edge(start="x", end="y", module=torch.nn.Identity(), fixed=True),
+    ]
+    network = bn.SuperNetwork(edges, input_shape=(16, 32, 32)).eval()
+    network.heads["0"].reset(-20.0)
+    plain, x = conditional(network), torch.randn(8, 16, 32, 32)
+    file = bn.export(plain, tmp_path / "network.onnx", x[:1])
+    ratios = beside(plain, file, bn.extract(network, network.architecture("full")).eval(), x, (1, 4))
+    assert list(ratios) == ["torch 1", "torch 4", "onnxruntime 1"]
+    assert all(0 < ratio < 0.9 for ratio in ratios.values()), ratios
 
 
 def test_gates_that_are_constants_are_not_paid_for():

@@ -96,6 +96,7 @@ INFERENCE = {
         {"name": "end", "share": 0.75, "accuracy_all": 0.942, "accuracy_chosen": 0.925},
     ],
     "test_costs": {"macs": 9.7e6},
+    "beside_full": {"torch 1": 0.84, "torch 16": 1.02, "onnxruntime 1": 1.21},
 }
 
 
@@ -676,6 +677,14 @@ def test_thresholds_show_the_curve_the_one_in_use_and_the_limit(tmp_path):
     assert limits == [LIMIT]
 
 
+def test_the_time_beside_the_full_network_is_told_and_where_it_is_slower_what_to_do(tmp_path):
+    text = page(write(slim(tmp_path / "run", inference=INFERENCE)))
+    assert "0.84 in torch at batch 1, 1.02 in torch at batch 16, 1.21 in onnxruntime at batch 1" in text
+    assert "It is slower than the full network without gates in onnxruntime at batch 1: `budgetnet export" in text
+    faster = INFERENCE | {"beside_full": {"torch 1": 0.84}}
+    assert "slower than" not in page(write(slim(tmp_path / "faster", inference=faster)))
+
+
 def test_exits_are_a_table(tmp_path):
     text = page(write(slim(tmp_path / "run", inference=INFERENCE)))
     (table,) = re.findall(r'<table class="exits">(.*?)</table>', text, re.DOTALL)
@@ -775,6 +784,7 @@ def test_broken_activation_is_one_clear_line(tmp_path, to, says):
         ("inference.exits.0.accuracy_chosen", 2, '"inference.exits[0].accuracy_chosen" must be a number in [0, 1]'),
         ("inference.exits.0.name", None, '"inference.exits[0].name" must be a text, got None'),
         ("inference.test_costs", 3, '"inference.test_costs" must be an object, got 3'),
+        ("inference.beside_full", ..., '"inference.beside_full" is missing'),
     ],
 )
 def test_broken_inference_is_one_clear_line(tmp_path, edit, to, says):

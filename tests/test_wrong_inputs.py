@@ -33,10 +33,10 @@ from wrong_files import (
     written,
 )
 
-from budgetnet import Budget, Edge, Node, SearchOptions, SuperNetwork, cli, costs, spaces
+from budgetnet import Budget, ConditionalGates, Edge, Node, SearchOptions, SuperNetwork, cli, costs, export, spaces
+from budgetnet.conditional import ConditionalNetwork, conditional
 from budgetnet.data.dataset import Split
 from budgetnet.errors import BudgetnetError
-from budgetnet.export import export
 from budgetnet.graph import Graph
 from budgetnet.options import resolve_device
 from budgetnet.training import Learner
@@ -472,6 +472,13 @@ def chain() -> SuperNetwork:
     return network(("x", "a", step()), ("a", "y", step()), architectures={"one": ["x>a", "a>y"]})()
 
 
+def looking() -> ConditionalNetwork:
+    gated = Edge(start="x", end="y", module=step(), name="gated", gate=ConditionalGates)
+    return conditional(
+        SuperNetwork([gated, Edge(start="x", end="y", module=step(), fixed=True)], input_shape=(1, 8, 8))
+    )
+
+
 CALLS = [
     Refused("a node that nothing enters", network(("x", "y", step()), ("b", "y", step()))),
     Refused("a second output", network(("x", "y", step()), ("x", "b", step()))),
@@ -498,6 +505,7 @@ CALLS = [
     Refused("a device of no number", lambda: resolve_device("cuda:x")),
     Refused("a space of half a block", lambda: spaces.resnet_fabric(width=1.5)),
     Refused("a file of another kind to export to", lambda: export(step(), "network.pkl", torch.zeros(1, 1, 8, 8))),
+    Refused("a .pt2 file of gates that look at the input", lambda: export(looking(), "n.pt2", torch.zeros(1, 1, 8, 8))),
     Refused("images that are no bytes", lambda: Split(np.zeros((1, 1, 8, 8)), np.zeros(1, np.int64))),
     Refused("targets of another length", lambda: Split(np.zeros((1, 1, 8, 8), np.uint8), np.zeros(2, np.int64))),
 ]

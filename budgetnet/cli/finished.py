@@ -19,7 +19,7 @@ def as_learned(run: RunFolder, network: SuperNetwork) -> SuperNetwork:
 
 
 def data_of_run(run: RunFolder, network: SuperNetwork, given: Any) -> datasets.Dataset:
-    """The data that were named, or those of the run, seen as the run saw its own and of the size that it takes."""
+    """The data that were named, or those of the run: seen, and augmented, as the run did its own, of its size."""
     own = Record(run.read("options.json"), str(run.path / "options.json")).record("data")
     _, height, width = network.input_shape
     data = datasets.load(
@@ -29,6 +29,7 @@ def data_of_run(run: RunFolder, network: SuperNetwork, given: Any) -> datasets.D
         ignore=own.maybe_whole("ignore"),
     )
     check_fit(network, data)
+    data = data.augmented(pad=own.whole("pad"), flip=own.flag("flip"))
     return data.normalised(own.numbers("mean"), own.numbers("std"))
 
 

@@ -14,13 +14,14 @@ from rich.table import Table
 
 from budgetnet import spaces
 from budgetnet.architectures import named
-from budgetnet.budgets import parse_cost
+from budgetnet.budgets import cost_name, parse_cost
 from budgetnet.building import space_of_run
 from budgetnet.cli.finished import as_learned
 from budgetnet.cli.flags import build, costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity
 from budgetnet.costs import Latency
 from budgetnet.costs.timetable import Setting
+from budgetnet.delivery import WITHOUT_GATES
 from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS
 from budgetnet.measure import DEFAULT, measure_file, measure_network
@@ -128,19 +129,20 @@ def _measured_by_run(run: RunFolder, costs: Sequence[str]) -> dict[str, Any]:
     """What a finished run says its network costs: of gates that look at the input, as expected on validation images."""
     record = Record(run.read("result.json"), str(run.path / "result.json"))
     network = record.record("network")
-    units = {"macs": "MAC", "params": "parameter", "memory:params": "B", "latency": "ms"}
+    units = {"macs": "MAC", WITHOUT_GATES: "MAC", "params": "parameter", "memory:params": "B", "latency": "ms"}
     values = {name: network.number(name) for name in units if name != "latency"}
     values["latency"] = network.record("latency_ms").number("median")
     for budget in record.records("budgets"):
         values[budget.text("cost")], units[budget.text("cost")] = budget.number("value"), budget.text("unit")
-    for text in costs:
-        if text not in values:
+    names = {text: text if text in values else cost_name(parse_cost(text)) for text in costs or values}
+    for text, name in names.items():
+        if name not in values:
             raise ConfigError(
                 f"of a run whose gates look at the input can be measured {', '.join(values)}, got {text!r}: "
                 "name an --architecture for others"
             )
-    asked = list(costs) or list(values)
+    found = {text: values[name] for text, name in names.items()}
     return {
-        "costs": {name: int(values[name]) if values[name].is_integer() else values[name] for name in asked},
-        "units": {name: units[name] for name in asked},
+        "costs": {text: int(value) if value.is_integer() else value for text, value in found.items()},
+        "units": {text: units[name] for text, name in names.items()},
     }

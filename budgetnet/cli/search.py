@@ -19,6 +19,7 @@ from budgetnet.console import Bars, quantity
 from budgetnet.delivery import Found
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.options import DEFAULTS, SearchOptions
+from budgetnet.report.words import slower, times_beside
 from budgetnet.search import search
 from budgetnet.weights import MEAN, STD, classifies_alike, load_torchvision, read_weights
 
@@ -127,6 +128,10 @@ def _tell(found: Found) -> None:
     if "inference" in result:
         note = "gates look at the input: the .onnx takes one image at a time, and there is no .pt2"
         console.print(note, soft_wrap=True)
+        ratios = result["inference"]["beside_full"]
+        console.print(f"time beside the full network without gates: {times_beside(ratios)}", highlight=False)
+        if words := slower(ratios):
+            console.print(words, highlight=False, soft_wrap=True)
 
 
 def measurement(row: dict[str, Any]) -> list[str]:

@@ -4,11 +4,13 @@ from budgetnet.conditional.building import conditional, polarised
 from budgetnet.conditional.folding import still_deciding
 from budgetnet.conditional.network import ConditionalNetwork
 from budgetnet.conditional.onnx import export_conditional
-from budgetnet.conditional.variants import export_fastest, one_by_one, tune_fastest
+from budgetnet.conditional.variants import beside, export, export_fastest, one_by_one, tune_fastest
 
 __all__ = [
     "ConditionalNetwork",
+    "beside",
     "conditional",
+    "export",
     "export_conditional",
     "export_fastest",
     "one_by_one",

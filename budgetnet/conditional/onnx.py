@@ -58,9 +58,7 @@ def export_conditional(
         ConfigError: the path ends in something else, a layer cannot be written, or the file does not compute what
             the network computes; there is no file then.
     """
-    path = Path(path)
-    if path.suffix != ".onnx":
-        raise ConfigError(f"a conditional network is exported to a .onnx file, got {path.name!r}")
+    path = onnx_path(path)
     if not len(example):
         raise ConfigError("exporting a conditional network takes an example or more, got none")
     example = example.detach().cpu().float()
@@ -68,6 +66,14 @@ def export_conditional(
     with aside(path) as part:
         onnx.save(written(network, branches, wide), str(part))
         compare(network, load(part), example)
+    return path
+
+
+def onnx_path(path: str | Path) -> Path:
+    """The path, if it ends as that of a conditional network does; else ConfigError."""
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ConfigError(f"a network whose gates look at the input is exported to a .onnx file, got {path.name!r}")
     return path
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from budgetnet.conditional import tuning
 from budgetnet.conditional.branches import WHOLE, Limits
 from budgetnet.conditional.network import ConditionalNetwork
-from budgetnet.conditional.onnx import export_conditional, kind_of
+from budgetnet.conditional.onnx import export_conditional, kind_of, onnx_path
+from budgetnet.export import export as export_plain
 from budgetnet.export import load
 from budgetnet.files import put
 from budgetnet.timing import interleaved
@@ -23,7 +25,7 @@ VARIANTS: dict[str, dict[str, int]] = {"branches": {}, "masks": {"branches": 1, 
 """How an edge's channel groups are written, as options of `export_conditional`; the first unless another is faster."""
 
 CALLS = 8
-"""Times that all examples are run in each file."""
+"""Times that all examples are run in each file, and batches that are timed."""
 
 
 class Written(TypedDict):
@@ -62,6 +64,25 @@ def tune_fastest(network: ConditionalNetwork, examples: Tensor, repeats: int) ->
     run(ways[times.index(min(times))])
 
 
+def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
+    """Writes a network that a search handed over to a file; the ending, .onnx or .pt2, says which kind.
+
+    Args:
+        network: maps `(B, C, H, W)` to its output; exported as it stands in evaluation mode, itself unchanged. One
+            whose gates look at the input is written as `export_fastest` does: it takes one image at a time.
+        path: where to; ends in .onnx where gates look at the input.
+        example: `(B, C, H, W)`; of gates that look at the input real ones, eight or so, on which the file is timed and
+            compared with the network.
+
+    Raises:
+        ConfigError: the ending is another, or, of gates that look at the input, as `export_conditional`.
+    """
+    if not isinstance(network, ConditionalNetwork):
+        return export_plain(network, path, example)
+    export_fastest(network, path, example)
+    return Path(path)
+
+
 def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tensor) -> Written:
     """Writes a network to an ONNX file as `export_conditional` does, its channel groups in the way that is faster.
 
@@ -75,7 +96,7 @@ def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tens
     Raises:
         ConfigError: as `export_conditional`.
     """
-    path = Path(path)
+    path = onnx_path(path)
     kinds = {
         name: [kind_of(edge.body, **options) for edge in network.conditional_branches]
         for name, options in VARIANTS.items()
@@ -94,6 +115,43 @@ def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tens
         for file in files.values():
             file.unlink(missing_ok=True)
     return {"groups": chosen, "ms": ms}
+
+
+@torch.no_grad()
+def beside(
+    network: ConditionalNetwork, file: str | Path, full: nn.Module, examples: Tensor, batches: Sequence[int]
+) -> dict[str, float]:
+    """Median times of a network and its file, relative to those of the full network without gates, run in turn.
+
+    Args:
+        network: as it was tuned.
+        file: it was exported to.
+        full: plain, in evaluation mode; exported, too.
+        examples: `(B, C, H, W)` real ones: which gates they open decides what is faster.
+        batches: sizes; of each up to `CALLS` batches of the examples are run.
+
+    Returns:
+        `{"torch 1": 0.93, "torch 16": ..., "onnxruntime 1": ...}`, more than 1 where the network is slower.
+    """
+    found = {}
+    for batch in batches:
+        parts = torch.split(examples[: CALLS * batch], batch)
+        found[f"torch {batch}"] = _ratio(partial(_all, network, parts), partial(_all, full, parts))
+    with tempfile.TemporaryDirectory() as folder:
+        plain = export_plain(full, Path(folder) / "full.onnx", examples[:1])
+        parts = torch.split(examples[:CALLS], 1)
+        found["onnxruntime 1"] = _ratio(*(partial(_all, load(path), parts) for path in (file, plain)))
+    return found
+
+
+def _ratio(run: Callable[[], object], other: Callable[[], object]) -> float:
+    mine, others = (timing.quantile(0.5) for timing in interleaved([run, other], calls=CALLS))
+    return mine / others
+
+
+def _all(run: Callable[[Tensor], object], parts: Sequence[Tensor]) -> None:
+    for x in parts:
+        run(x)
 
 
 def one_by_one(run: Callable[[Tensor], Tensor], examples: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import ClassVar
 
@@ -67,7 +67,11 @@ class OpenGates:
 
 @dataclass(frozen=True)
 class Layers:
-    """Convolutions and linear layers on used edges: the "layers used" of early exits (Herrmann et al., section 5)."""
+    """Convolutions and linear layers on used edges: the "layers used" of early exits (Herrmann et al., section 5).
+
+    Those of an exit that answers before it is decided on count for all that come there, taken or not; those of the
+    gates themselves do not count.
+    """
 
     key: ClassVar[str] = "layers"
     unit: ClassVar[str] = "layer"
@@ -78,5 +82,4 @@ class Layers:
         def count(module: nn.Module, shape: Shape) -> int:
             return sum(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules())
 
-        cost = edge_cost(network, count, self.unit)
-        return EdgeCost(cost.graph, cost.per_edge, cost.per_addition, cost.per_node, cost.unit)
+        return replace(edge_cost(network, count, self.unit, heads=dict.fromkeys(network.answers, 0.0)), channels={})

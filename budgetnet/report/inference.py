@@ -35,6 +35,7 @@ class Inference:
     curve: tuple[Point, ...]
     exits: tuple[Exit, ...]
     test_costs: dict[str, float]
+    beside_full: dict[str, float]  # times by runtime and batch, relative to the full network's without gates
 
     @classmethod
     def read(cls, record: Record | None) -> Inference | None:
@@ -59,4 +60,5 @@ class Inference:
                 for row in record.records("exits")
             ),
             test_costs=record.costs("test_costs"),
+            beside_full=record.costs("beside_full"),
         )

@@ -22,7 +22,7 @@ from budgetnet.report.network import Drawing, draw, shares
 from budgetnet.report.quantities import MISSING, duration, exact, percent, share, si
 from budgetnet.report.run import Quality, Run
 from budgetnet.report.schedule import gantt
-from budgetnet.report.words import headline, outcomes, quality, verdict
+from budgetnet.report.words import headline, outcomes, quality, slower, times_beside, verdict
 
 
 def write(run: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -99,6 +99,7 @@ def section(run: Run) -> dict[str, Any]:
         "polarised": gate_figures.polarised_words(learned) if learned else "",
         "choice": figures.choice(candidates, first.cost, first.unit, first.limit) if first and candidates else None,
         "inference": inference,
+        "slower": slower(inference.beside_full) if inference else "",
         "thresholds": gate_figures.thresholds(inference, result.budgets, checked) if inference and result else None,
         "edges": edge_table(architecture) if architecture else None,
         "evidence": evidence(run),
@@ -174,6 +175,7 @@ def evidence(run: Run) -> list[tuple[str, str]]:
         rows.append(("Latency, median", f"{spread} in {how}"))
     for cost, unit, name in (
         ("macs", "MAC", "MACs"),
+        ("macs[gates=false]", "MAC", "MACs, deciding by the input left out"),
         ("params", "parameter", "Parameters"),
         ("memory:params", "byte", "Bytes of weights"),
     ):
@@ -182,9 +184,11 @@ def evidence(run: Run) -> list[tuple[str, str]]:
             part = f", {share(value, full)} of the full super network's {si(full)}" if full else ""
             rows.append((name, f"{exact(value)} {plural(unit)}{part}"))
     inference = run.result.inference
-    units = {"macs": "MAC"} | {budget.cost: budget.unit for budget in run.result.budgets}
+    units = {"macs": "MAC", "macs[gates=false]": "MAC"} | {budget.cost: budget.unit for budget in run.result.budgets}
     for cost, value in (inference.test_costs if inference else {}).items():
         rows.append((f"{cost} on the test images, on average", f"{si(value)} {plural(units.get(cost, ''))}"))
+    if inference:
+        rows.append(("Time beside the full network without gates", times_beside(inference.beside_full)))
     for name, measured in (("Validation", run.result.validation), ("Test", run.result.test)):
         if (words := quality(measured)) is not None:
             rows.append((f"{name} data", words))

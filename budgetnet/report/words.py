@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from budgetnet.budgets import plural
 from budgetnet.report.quantities import MINUS, MISSING, apart, percent, share
 from budgetnet.report.run import Quality, Run
+from budgetnet.timing import AGREE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,27 @@ def headline(run: Run) -> str:
     measured = [(run.result.test, "test"), (run.result.validation, "validation")]
     clauses += [words for quality, name in measured if (words := _answers(quality, name))][:1]
     return f"This network {_joined(clauses)}." if clauses else "This network was returned without a measurement."
+
+
+def times_beside(ratios: Mapping[str, float]) -> str:
+    """Such as "0.93 in torch at batch 1, 1.12 in onnxruntime at batch 1", of a network beside the full one."""
+    return ", ".join(f"{ratio:.2f} in {_setting(name)}" for name, ratio in ratios.items())
+
+
+def slower(ratios: Mapping[str, float]) -> str:
+    """What to do where the gates cost more time than they save, empty where they do not."""
+    where = [_setting(name) for name, ratio in ratios.items() if ratio > 1 + AGREE]
+    if not where:
+        return ""
+    return (
+        f"slower than the full network without gates in {_listed(where)}: `budgetnet export --fold 0.05` makes "
+        "constants of gates that hardly look at the input, and gates on layers save more time than gates on channels"
+    )
+
+
+def _setting(name: str) -> str:
+    runtime, batch = name.split()
+    return f"{runtime} at batch {batch}"
 
 
 def quality(measured: Quality | None) -> str | None:
