@@ -354,7 +354,7 @@ def test_an_interruption_before_there_is_a_run_says_no_more(tmp_path, monkeypatc
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["budgetnet.search"], "check_reachable", interrupt)
+    monkeypatch.setattr(sys.modules["budgetnet.steering"], "check_reachable", interrupt)
     assert cli.main(["search", *SMALL, "--out", str(tmp_path / "run"), "--json"]) == 130
     assert capsys.readouterr().err == "budgetnet: interrupted\n"
     assert not list(tmp_path.iterdir())

@@ -279,6 +279,7 @@ def test_the_lightning_callback_leaves_learned_gates_alone_where_a_trainer_valid
     assert torch.equal(gates.values, before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("lightning") is None, reason="needs lightning")
 def test_lightning_runs_the_callback(tmp_path):
     process = subprocess.run(

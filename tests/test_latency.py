@@ -823,7 +823,7 @@ class Understated(Off):
 
     def report(self, kept: Tensor) -> Measured:
         self.reported += 1
-        return self.measure(kept)[0].times(self.really)
+        return self.measure(kept)[0].slower(1 / self.really)
 
 
 @pytest.mark.parametrize(
