@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from random import Random
+from types import ModuleType
 
 import networkx as nx
 import torch
@@ -15,6 +18,18 @@ from torch import Tensor, nn
 
 from budgetnet import Edge, Node, SuperNetwork
 from budgetnet.graph import Graph
+
+
+def import_torchvision() -> ModuleType:
+    """Torchvision, without its compiled operators where these are for torch of another kind: no classifier has any."""
+    while True:
+        try:
+            return importlib.import_module("torchvision")
+        except RuntimeError as error:
+            missing = re.fullmatch(r"operator (torchvision::\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            torch.library.define(missing[1], "() -> ()")
 
 
 def random_graph(seed: int, nodes: int, extra: int) -> Graph:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from types import ModuleType
 
 import pytest
 import torch
-from small import stir
+from small import import_torchvision, stir
 from torch.utils.flop_counter import FlopCounterMode
 
 import budgetnet as bn
@@ -25,15 +24,8 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def models() -> ModuleType:
-    """Torchvision's models, without its compiled operators where these are for another torch: no classifier has any."""
-    while True:
-        try:
-            return pytest.importorskip("torchvision").models
-        except RuntimeError as error:
-            missing = re.fullmatch(r"operator (torchvision::\w+) does not exist", str(error))
-            if missing is None:
-                raise
-            torch.library.define(missing[1], "() -> ()")
+    """Torchvision's models."""
+    return import_torchvision().models
 
 
 @pytest.mark.parametrize("form", FORMS)
