@@ -145,4 +145,5 @@ def test_gates_of_ones_own_may_look_at_the_input(tmp_path):
     seen = bn.evaluate_gates(found.supernet, digits, bn.Inference(tau=tau), ["macs"], recalibration=0)
     assert seen["quality"] == pytest.approx(found.result["test"], rel=1e-3)
     x = images(digits.test)[0][:8]
-    assert torch.equal(bn.load(found.run, space)(x), found.plain(x))
+    # what is skipped goes by times, so sums may come in another order
+    torch.testing.assert_close(bn.load(found.run, space)(x), found.plain(x), rtol=1e-4, atol=1e-5)
