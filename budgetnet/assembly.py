@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from budgetnet.errors import ConfigError
 from budgetnet.export import onnx_session
 from budgetnet.extraction import extract, fold_batch_norm
-from budgetnet.gated import GatedSequential
+from budgetnet.gated import GatedSequential, contiguous
 from budgetnet.onnx_pieces import Piece, Pieces, Scope
 from budgetnet.shapes import Shape
 from budgetnet.supernet import SuperNetwork
@@ -157,8 +157,7 @@ class Assembler:
             session = onnx_session(self._model(example.shape, write).SerializeToString(), self.threads)
             feed = {"x": example.numpy()}
             return lambda: session.run(None, feed)
-        # while it learns a network may lie in another layout than when it is handed over
-        module = copy.deepcopy(module).to(self.device, memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+        module = contiguous(copy.deepcopy(module)).to(self.device).eval()
         run = torch.compile(module) if self.runtime == "compiled" else module
         example = example.to(self.device)
 

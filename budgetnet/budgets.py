@@ -279,6 +279,10 @@ def cost_name(cost: Cost) -> str:
     return f"{name}[{','.join(told)}]"
 
 
+WITHOUT_GATES = cost_name(MACs(gates=False))
+"""MACs without those that it takes to decide by the input, as it is written."""
+
+
 def check_reachable(
     network: SuperNetwork, budgets: Sequence[BoundBudget], *, refuse: bool = True
 ) -> list[dict[str, Any]]:

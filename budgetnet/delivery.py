@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from budgetnet import report
 from budgetnet.architectures import named
-from budgetnet.budgets import BoundBudget, Cost, cost_name, parse_cost
+from budgetnet.budgets import WITHOUT_GATES, BoundBudget, Cost, cost_name, parse_cost
 from budgetnet.building import space_of_run
 from budgetnet.conditional import (
     ConditionalNetwork,
@@ -36,6 +36,7 @@ from budgetnet.evaluation import evaluate, recalibrate
 from budgetnet.export import difference, export, file_latency
 from budgetnet.export import load as load_file
 from budgetnet.extraction import count, extract, fold_batch_norm, state_bytes
+from budgetnet.gated import contiguous
 from budgetnet.inference import Inference, Observed, exit_table, observe, settled_threshold
 from budgetnet.measure import cost_of, extracted
 from budgetnet.report.records import Record
@@ -46,9 +47,6 @@ from budgetnet.supernet import SuperNetwork
 
 CURVE = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Thresholds at which accuracy and cost are looked at on validation data (Herrmann et al., Figure 10)."""
-
-WITHOUT_GATES = cost_name(MACs(gates=False))
-"""MACs without those that it takes to decide by the input."""
 
 TUNED, REPEATS = (1, 16, 64), 7
 """Validation images a batch at which it is measured where skipping pays, and how often."""
@@ -131,15 +129,13 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     plain = extract(session.network, kept).eval()
     validation = session.quality(session.predict(plain), session.validation)
     test = session.quality(session.predict(plain), session.test)
-    supernet, plain = session.network.cpu().eval(), plain.cpu()
-    for network in (supernet, plain):  # it may have learned in another layout
-        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    supernet, plain = session.network.cpu().eval(), contiguous(plain.cpu())
+    contiguous(supernet)
     x = next(iter(session.test.epoch(0)))[0].cpu()
     folded = fold_batch_norm(plain)
     files = {kind: export(folded, session.run.path / f"network.{kind}", x[:1]) for kind in ("onnx", "pt2")}
     equivalence = {"extracted": difference(lambda x: supernet.run(x, used), plain, x)}
     equivalence |= {kind: difference(plain, load_file(path), x) for kind, path in files.items()}
-    timing = file_latency(files["onnx"], x[:1], seconds=stopwatch.LOOK, patience=stopwatch.PATIENCE / 6)
     return (
         plain,
         kept,
@@ -148,7 +144,7 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
             "network": {
                 **count(plain, x[:1]),
                 "memory:params": state_bytes(folded),
-                "latency_ms": {**timing, "runtime": "onnxruntime", "threads": 1, "batch": 1},
+                "latency_ms": _milliseconds(files["onnx"], x[:1]),
             },
             "validation": validation,
             "test": test,
@@ -207,12 +203,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
                 WITHOUT_GATES: seen.costs[WITHOUT_GATES],
                 "params": sum(value.numel() for value in plain.parameters()),
                 "memory:params": state_bytes(plain),
-                "latency_ms": {
-                    **file_latency(path, x[:1], seconds=stopwatch.LOOK, patience=stopwatch.PATIENCE / 6),
-                    "runtime": "onnxruntime",
-                    "threads": 1,
-                    "batch": 1,
-                },
+                "latency_ms": _milliseconds(path, x[:1]),
                 "onnx_ms": written["ms"],
             },
             "validation": seen.quality,
@@ -236,6 +227,12 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
             },
         },
     )
+
+
+def _milliseconds(file: Path, x: Tensor) -> dict[str, Any]:
+    """What a call of the .onnx file takes for one example, `(1, C, H, W)`, looked at as long as a candidate is."""
+    timing = file_latency(file, x, seconds=stopwatch.LOOK, patience=stopwatch.PATIENCE / 6)
+    return {**timing, "runtime": "onnxruntime", "threads": 1, "batch": 1}
 
 
 def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:

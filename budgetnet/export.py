@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.files import aside
+from budgetnet.gated import contiguous
 from budgetnet.timing import Timing, interleaved, rested
 
 FORMATS = ("onnx", "pt2")
@@ -60,7 +61,7 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
         raise ConfigError(f"a network is exported to a .onnx or .pt2 file, got {path.name!r}")
     example = torch.cat([example, example])[:2].cpu().float()  # a free batch size needs an example of two
     # channels last would be written into the graph, as strides
-    network = copy.deepcopy(network).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    network = contiguous(copy.deepcopy(network)).cpu().eval()
     with exporting(f"the network cannot be written to {path.name}"):
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         for node in program.graph.nodes:

@@ -11,12 +11,15 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from budgetnet.errors import GraphError
+
+Network = TypeVar("Network", bound=nn.Module)
 
 KEEPS_ZERO = (nn.ReLU, nn.ReLU6, nn.Identity, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Dropout)
 """Layers that treat each channel alone and map a zero channel to a zero channel."""
@@ -342,3 +345,9 @@ def memory_format(network: nn.Module) -> torch.memory_format:
         if part.in_channels < 16 or id(part) in cut:
             return torch.contiguous_format
     return torch.channels_last
+
+
+def contiguous(network: Network) -> Network:
+    """The network itself, its weights laid out as they are handed over, whatever layout it learned in."""
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # no overload takes it alone
+    return network

@@ -14,14 +14,13 @@ from rich.table import Table
 
 from budgetnet import spaces
 from budgetnet.architectures import named
-from budgetnet.budgets import cost_name, parse_cost
+from budgetnet.budgets import WITHOUT_GATES, cost_name, parse_cost
 from budgetnet.building import space_of_run
 from budgetnet.cli.finished import as_learned
 from budgetnet.cli.flags import build, costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity
 from budgetnet.costs import Latency
 from budgetnet.costs.timetable import Setting
-from budgetnet.delivery import WITHOUT_GATES
 from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS
 from budgetnet.measure import DEFAULT, measure_file, measure_network

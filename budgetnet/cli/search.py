@@ -19,7 +19,7 @@ from budgetnet.console import Bars, quantity
 from budgetnet.delivery import Found
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.options import DEFAULTS, SearchOptions
-from budgetnet.report.words import slower, times_beside
+from budgetnet.report.words import slowed, slower, times_beside
 from budgetnet.search import search
 from budgetnet.weights import MEAN, STD, classifies_alike, load_torchvision, read_weights
 
@@ -118,7 +118,7 @@ def _tell(found: Found) -> None:
     if result["budgets"]:
         console.print(table)
     for row in result["budgets"]:
-        for note in [*measurement(row), *row.get("notes", [])]:
+        for note in [*_measurement(row), *row.get("notes", [])]:
             console.print(f"{row['cost']}: {note}", highlight=False, markup=False, soft_wrap=True)
     quality = ", ".join(f"{name} {100 * value:.2f} %" for name, value in result["test"].items() if name != "loss")
     console.print(f"test {quality}", highlight=False)
@@ -134,7 +134,7 @@ def _tell(found: Found) -> None:
             console.print(words, highlight=False, soft_wrap=True)
 
 
-def measurement(row: dict[str, Any]) -> list[str]:
+def _measurement(row: dict[str, Any]) -> list[str]:
     """What is said of a measured cost, a row of result.json's budgets: one line at most."""
     if "slowness" not in row:
         return []
@@ -145,5 +145,4 @@ def measurement(row: dict[str, Any]) -> list[str]:
     told = (
         f"expected again between {low} and {high}; predicted {predicted}, half of all within {100 * row['error']:.1f} %"
     )
-    slow = f"; {seen} were seen, on a machine {row['slowness']:.2f} times as slow as when the search began"
-    return [told + (slow if row["slowness"] > 1.005 else "")]
+    return ["; ".join(part for part in (told, slowed(row["slowness"], seen)) if part)]

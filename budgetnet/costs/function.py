@@ -25,6 +25,7 @@ from budgetnet.costs.drawn import DrawnModel, ExactModel, Examples, Value
 from budgetnet.costs.measured import Measured
 from budgetnet.errors import ConfigError
 from budgetnet.extraction import extract
+from budgetnet.gated import contiguous
 from budgetnet.supernet import SuperNetwork
 
 FORMS = {
@@ -128,8 +129,7 @@ class Function:
         """The function on one architecture, `(U,)` bits."""
         given: frozenset[str] | nn.Module
         if self.beside == "network":
-            given = extract(network, network.gates_of(bits[None].float())).eval()
-            given.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as it is handed over
+            given = contiguous(extract(network, network.gates_of(bits[None].float()))).eval()
         else:
             given = frozenset(name for name, bit in zip(names, bits.tolist(), strict=True) if bit)
         return partial(self._call, given)

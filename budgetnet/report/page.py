@@ -13,7 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from budgetnet.budgets import plural
+from budgetnet.budgets import WITHOUT_GATES, plural
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.files import replace
 from budgetnet.report import figures, gate_figures, quantities
@@ -22,7 +22,7 @@ from budgetnet.report.network import Drawing, draw, shares
 from budgetnet.report.quantities import MISSING, duration, exact, percent, share, si
 from budgetnet.report.run import Quality, Run
 from budgetnet.report.schedule import gantt
-from budgetnet.report.words import headline, outcomes, quality, slower, times_beside, verdict
+from budgetnet.report.words import headline, outcomes, quality, slowed, slower, times_beside, verdict
 
 
 def write(run: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -175,7 +175,7 @@ def evidence(run: Run) -> list[tuple[str, str]]:
         rows.append(("Latency, median", f"{spread} in {how}"))
     for cost, unit, name in (
         ("macs", "MAC", "MACs"),
-        ("macs[gates=false]", "MAC", "MACs, deciding by the input left out"),
+        (WITHOUT_GATES, "MAC", "MACs, deciding by the input left out"),
         ("params", "parameter", "Parameters"),
         ("memory:params", "byte", "Bytes of weights"),
     ):
@@ -184,7 +184,7 @@ def evidence(run: Run) -> list[tuple[str, str]]:
             part = f", {share(value, full)} of the full super network's {si(full)}" if full else ""
             rows.append((name, f"{exact(value)} {plural(unit)}{part}"))
     inference = run.result.inference
-    units = {"macs": "MAC", "macs[gates=false]": "MAC"} | {budget.cost: budget.unit for budget in run.result.budgets}
+    units = {"macs": "MAC", WITHOUT_GATES: "MAC"} | {budget.cost: budget.unit for budget in run.result.budgets}
     for cost, value in (inference.test_costs if inference else {}).items():
         rows.append((f"{cost} on the test images, on average", f"{si(value)} {plural(units.get(cost, ''))}"))
     if inference:
@@ -228,7 +228,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FunctionLoader(_part), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"si": si, "exact": exact, "percent": percent, "duration": duration}
+    environment.filters |= {"si": si, "exact": exact, "percent": percent, "duration": duration, "slowed": slowed}
     environment.filters["plotted"] = plotted
     return environment
 

@@ -119,6 +119,13 @@ def times_beside(ratios: Mapping[str, float]) -> str:
     return ", ".join(f"{ratio:.2f} in {_setting(name)}" for name, ratio in ratios.items())
 
 
+def slowed(slowness: float, seen: str) -> str:
+    """What a machine showed that was not as fast as when the search began, empty where it was."""
+    if slowness <= 1.005:
+        return ""
+    return f"{seen} was seen, on a machine {slowness:.2f} times as slow as when the search began"
+
+
 def slower(ratios: Mapping[str, float]) -> str:
     """What to do where the gates cost more time than they save, empty where they do not."""
     where = [_setting(name) for name, ratio in ratios.items() if ratio > 1 + AGREE]
