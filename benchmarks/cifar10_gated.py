@@ -4,9 +4,9 @@
     python benchmarks/cifar10_gated.py --data cifar10 --seeds 0 1 2 --out runs/cifar10_gated
 
 Every row sees the same images in the same number of epochs on one learning-rate curve. A row that is kept in --rows
-already is not trained again, so that the table can be filled in several sittings; accuracies, MACs and ratios of
-latencies, each taken beside the dense network's, compare across machines, seconds only within one. Prints one Markdown
-table.
+already is not trained again. Rows may be trained on one machine (`--no-times`) and timed on another, which takes the
+networks from --out. Accuracies compare within one precision, seconds within one device; latencies are ratios, each
+taken beside the dense network. Prints one Markdown table.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ COMMON = {"validate_every": 10, "candidates": 4, "recalibration": 20}
 ROWS = Path(__file__).parent / "results" / "cifar10_gated"
 TIMED = 64
 """Test images that latency is measured on."""
+NETWORK = "network.pt"
+"""A row's network in --out, pickled whole."""
 RANDOM = tuple(f"random {number}" for number in range(1, 6))
 
 
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10_gated"))
     parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the finished rows")
+    parser.add_argument("--times", action=argparse.BooleanOptionalAction, default=True, help="time the networks, too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     data = bn.data.load(arguments.data).subset(arguments.train_images, seed=0).augmented(pad=arguments.pad)
@@ -107,6 +110,10 @@ def main() -> None:
                 row = Row(kind, target, seed, data, arguments, arguments.out / name).train()
                 kept.write_text(json.dumps(row, indent=1) + "\n")
             row = json.loads(kept.read_text())
+            if arguments.times and "latency" not in row:
+                network = torch.load(arguments.out / name / NETWORK, weights_only=False)
+                row = peers.measure(network, timed_images(data), peers.resnet20()) | row
+                kept.write_text(json.dumps(row, indent=1) + "\n")
             table.setdefault((target, kind), []).append(row)
             print(f"{kind} at {target} % seed {seed}: {row['accuracy']:.4f}, {row['macs'] / 1e6:.2f} M", flush=True)
     print_table(table)
@@ -144,8 +151,10 @@ class Row:
         else:
             network, extra = getattr(self, self.kind.replace("-", "_"))(), {}
         seconds = time.monotonic() - started + self.before
-        measured = peers.measure(network, next(iter(self.test.epoch(0)))[0][:TIMED], peers.resnet20())
         accuracy = extra.pop("accuracy") if "accuracy" in extra else self.accuracy(network)
+        network = network.cpu().eval()
+        torch.save(network, self.folder / NETWORK)
+        device = resolve_device(self.options.device)
         return {
             "kind": self.kind,
             "target": self.target,
@@ -153,8 +162,9 @@ class Row:
             "accuracy": accuracy,
             "seconds": seconds,
             "threads": torch.get_num_threads(),
-            "precision": str(resolve_precision(self.options.precision, resolve_device(self.options.device))),
-            **measured,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+            "precision": str(resolve_precision(self.options.precision, device)),
+            "macs": peers.macs(network, timed_images(self.data)[:1]),
             **extra,
         }
 
@@ -224,6 +234,11 @@ class Row:
         return network
 
 
+def timed_images(data: bn.data.Dataset) -> Tensor:
+    """The images that latency is measured on."""
+    return next(iter(Batches(data.test, batch_size=TIMED, shuffle=False).epoch(0)))[0]
+
+
 def random_shape(space: bn.SuperNetwork, share: float, seed: int) -> Tensor:
     """A shape whose sites keep random numbers of channels, scaled to within 1 % below that share of the MACs."""
     generator = torch.Generator().manual_seed(seed)
@@ -262,7 +277,7 @@ def print_table(table: dict[tuple[int, str], list[dict[str, Any]]]) -> None:
         accuracy = [100 * row["accuracy"] for row in rows]
         spread = f"{statistics.mean(accuracy):.2f} ({min(accuracy):.2f} to {max(accuracy):.2f})"
         macs, seconds = (statistics.mean(row[key] for row in rows) for key in ("macs", "seconds"))
-        found = [[row["latency"][way]["ratio"] for row in rows if way in row["latency"]] for way in ways]
+        found = [[row["latency"][way]["ratio"] for row in rows if way in row.get("latency", {})] for way in ways]
         cells = " | ".join(f"{statistics.mean(ratios):.2f}" if ratios else "" for ratios in found)
         share = statistics.mean(row["polarised"] for row in rows) if "polarised" in rows[0] else None
         shown = "" if share is None else f"{100 * share:.0f} %"
