@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -91,6 +92,13 @@ class Choices:
         """Columns of the gates on an edge and on its channels, each once."""
         places = [edge, *range(*self.span(edge))]
         return list(dict.fromkeys(column for unit in places if (column := self.gate_of[unit]) is not None))
+
+    def columns_named(self, pattern: str) -> list[int]:
+        """Columns of the gates of each edge, or site "edge.site", of that name or that the pattern ("g0.*") fits."""
+        places = {name: [edge, *range(*self.span(edge))] for edge, name in enumerate(self.edge_names)}
+        places |= {f"{self.edge_names[site.edge]}.{site.name}": list(range(*site.units)) for site in self.sites}
+        units = {unit for name, own in places.items() if name == pattern or fnmatchcase(name, pattern) for unit in own}
+        return sorted({column for unit in units if (column := self.gate_of[unit]) is not None})
 
     @property
     def choices(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -43,6 +43,9 @@ class SearchOptions:
         penalty: "price": the price times the relative excess; "batch-activation" (Eq. 1 of Herrmann et al.),
             "const-quad" (Eq. 3), each times the price; "per-gate": each gate's rate is drawn to
             the limit's share of the full cost, as in ConvNet-AIG. All but the first need the estimator gumbel.
+        target_rates: of the penalty per-gate, rates of their own for layers: {"g0.*": 1, "g2.*.hidden0": 0.7} names
+            edges, or channel gates inside them, by name or by pattern (`*`, `?`); of several that fit a gate the last
+            counts. They are in force from the start. ConvNet-AIG sets them by hand (Herrmann et al., section 3.1).
         target: how the limit in force comes down: "linear" while `anneal` lasts; "constant": it is in force from
             the start, as usual in Herrmann et al.; "stepped" by `target_fall` of the full cost every
             `target_every` epochs (S1.1), to the limit before the search ends; "moving" or "exponential": it follows
@@ -101,6 +104,7 @@ class SearchOptions:
     temperature: float = 1.0
     noiseless: float | None = None
     penalty: Literal["price", "batch-activation", "const-quad", "per-gate"] = "price"
+    target_rates: dict[str, float] = field(default_factory=dict)
     target: Literal["linear", "constant", "stepped", "moving", "exponential"] = "linear"
     target_fall: float = 0.05
     target_every: int = 5
@@ -163,6 +167,13 @@ class SearchOptions:
                 raise ConfigError(f"target_start must be {whole}, got {self.target_start} with {self.target}")
             if self.target_start == 0 and self.target in MOVING:
                 raise ConfigError(f"target_start of a moving target must be > 0, got {self.target_start}")
+        if not isinstance(self.target_rates, dict):
+            raise ConfigError(f"target_rates must map names of layers to rates, got {self.target_rates!r}")
+        for name, rate in self.target_rates.items():
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+                raise ConfigError(f"target_rates must lie in [0, 1], got {rate!r} for {name!r}")
+        if self.target_rates and self.penalty != "per-gate":
+            raise ConfigError(f"target_rates are of the penalty per-gate, got them with {self.penalty}")
         if self.gate_decay != "papers":
             _check("gate_decay", self.gate_decay, least=0)
         for name in ("temperature", "distillation_temperature"):

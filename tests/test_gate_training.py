@@ -172,6 +172,29 @@ def test_under_gumbel_loss_and_differentiable_costs_enter_as_they_are(penalty, e
     assert gradient.abs().sum() > 0
 
 
+def test_layers_may_have_rates_of_their_own():
+    """An edge with all that is in it, a place in it, or several by a pattern; the last that fits a gate decides."""
+    rates = {"g1.0.block": 1, "*.block.hidden0": 0.25, "g2.?.block": 0.0, "g0.0.block.hidden0": 0.75}
+    one = learner(partial(small_resnet, gates="both"), penalty="per-gate", price=3.0, target_rates=rates)
+    network, losses, kept = one.network, *sampled(one)
+    one.begin_search()
+    names = ["g0.0.block", "g1.0.block", "g2.0.block"]
+    assert [network.edge_names[edge] for edge in network.choices] == names
+    own = {None: [0.5, 1.0, 0.0], "g0.0.block": [0.75] * 4, "g1.0.block": [0.25] * 8, "g2.0.block": [0.0] * 16}
+    asked = torch.tensor([rate for given in own.values() for rate in given])
+    value = one.search_objective(losses, kept, 1.0, 0.0, Sums())
+    torch.testing.assert_close(value, losses.mean() + 3.0 * objectives.per_gate(kept, asked))
+
+
+def test_layers_are_drawn_to_the_rates_that_are_asked_of_them():
+    one = learner(small_resnet, penalty="per-gate", price=50.0, gate_rate=0.3, target_rates={"g0.*": 1, "g2.*": 0.2})
+    one.begin_search()
+    for place in range(60):
+        step(one, seed=place)
+    opened = one.network.probabilities().split([4, 8, 16])
+    assert [float(part.mean()) for part in opened] == pytest.approx([1, 0.5, 0.2], abs=0.1)
+
+
 def test_const_quad_asks_nothing_of_a_batch_below_its_target():
     """Eq. 3 is 0 there, where Eq. 1 pulls gates open."""
     gradients = []
@@ -251,6 +274,12 @@ by_input = partial(small_resnet, conditional=True)
         (by_input, ["macs<=50%"], {"gate_optimizer": "sgd"}, "gate_optimizer is of gates that do not look"),
         (by_input, ["macs<=50%"], {"gate_limit": 1.0}, "gate_limit is of gates that do not look"),
         (by_input, ["macs<=50%"], {"exploration": 0.1}, "exploration is of gates that do not look"),
+        (
+            small_resnet,
+            ["macs<=50%"],
+            {"penalty": "per-gate", "target_rates": {"g0.*": 1, "*.skip": 0.5}},
+            r"target_rates must name layers with gates, such as 'g0\.0\.block', got '\*\.skip'",
+        ),
         (small_exits, ["activation<=0.5"], {"penalty": "const-quad"}, "penalty const-quad is of .* activation is 0"),
         (small_exits, ["activation<=0.5"], {"target": "stepped"}, "target stepped is of .* activation is 0"),
         (small_resnet, ["macs<=50%"], {"target": "stepped"}, "come down to macs's limit, 50 % of .*, got 100 %"),
