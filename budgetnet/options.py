@@ -51,6 +51,8 @@ class SearchOptions:
             `target_every` epochs (S1.1), to the limit before the search ends; "moving" or "exponential": it follows
             the batches' own cost, from the limit at the start of each epoch (S1.2).
         target_fall, target_every: of the stepped target.
+        target_decay: share of itself that an exponential target keeps with each batch, in [0, 1); the rest is the
+            batch's cost. The paper has no number (S1.2).
         target_start: share of the full cost where a stepped target begins, and a moving one, for which it is > 0, in
             each epoch; None for 1, and for the limit's own share.
         gate_decay: weight decay of the gates; "papers" for 20 / G * 1e-4.
@@ -108,6 +110,7 @@ class SearchOptions:
     target: Literal["linear", "constant", "stepped", "moving", "exponential"] = "linear"
     target_fall: float = 0.05
     target_every: int = 5
+    target_decay: float = 0.9
     target_start: float | None = None
     gate_decay: float | Literal["papers"] = 0.0
     distillation: float = 0.0
@@ -157,9 +160,11 @@ class SearchOptions:
             "exit_supervision",
         ):
             _check(name, self._value(name), least=0)
-        for name in ("warmup", "finetune", "noiseless", "anneal", "momentum"):
+        for name in ("warmup", "finetune", "noiseless", "anneal", "momentum", "target_decay"):
             _check(name, self._value(name), least=0, below=1 if name != "anneal" else None)
         _check("gate_start", self._value("gate_start"))
+        if self.target != "exponential" and self.target_decay != SearchOptions.target_decay:
+            raise ConfigError(f"target_decay is of an exponential target, got {self.target_decay} with {self.target}")
         if self.target_start is not None:
             _check("target_start", self.target_start, least=0)
             if self.target_start > 1 or self.target in ("linear", "constant"):

@@ -225,7 +225,7 @@ class Steering:
         moving = options.target in MOVING
         begin = options.target_start
         shares = [min(1.0, b.limit / b.full) if begin is None else begin for b in budgets if moving]
-        self.targets = [MovingTarget(share, kind=options.target) for share in shares]
+        self.targets = [MovingTarget(share, kind=options.target, decay=options.target_decay) for share in shares]
         self.rates = own_rates(network, options)
         self.starts: list[float] = []
         self.average: float | None = None

@@ -351,13 +351,13 @@ def test_each_target_comes_down_in_its_own_way():
     stepped.begin_search()
     shares = [stepped.limits(0.0, epochs)[0] / full for epochs in (0, 1.9, 2, 4, 6, 60)]
     assert shares == pytest.approx([1.0, 1.0, 0.8, 0.6, 0.5, 0.5])
-    for kind in ("moving", "exponential"):
-        one = learner(small_resnet, target=kind)
+    for kind, decay in (("moving", None), ("exponential", 0.9), ("exponential", 0.25)):
+        one = learner(small_resnet, target=kind, **({} if decay in (None, 0.9) else {"target_decay": decay}))
         one.begin_search()
         assert one.limits(0.0) == [limit]
         sums = step(one)
         rate = sums.costs[0] / sums.samples / full
-        followed = (0.5 + rate) / 2 if kind == "moving" else 0.9 * 0.5 + 0.1 * rate
+        followed = (0.5 + rate) / 2 if decay is None else decay * 0.5 + (1 - decay) * rate
         assert one.limits(0.0) == [pytest.approx(followed * full)]
         one.begin_epoch()
         assert one.limits(0.0) == [limit]
