@@ -18,7 +18,7 @@ from budgetnet.architectures import named
 from budgetnet.blocks import dense_block, exit_classifier, padded_identity
 from budgetnet.cli import main
 from budgetnet.costs import Layers, MACs, Steps
-from budgetnet.errors import ConfigError, FileError
+from budgetnet.errors import ConfigError, FileError, GraphError
 from budgetnet.extraction import count, extract
 from budgetnet.sites import AnswerGate, ConditionalGates, FeatureGate, Fixed
 from budgetnet.spaces import BY_NAME, densenet_exits, mobilenet_v2, resnet
@@ -436,14 +436,20 @@ def test_the_papers_sites_of_a_mobilenet():
     assert sites(built("mobilenet_v2", where="hidden", granularity=96), "s3.1.block") == {"expanded": 4}
 
 
-def test_a_mobilenet_block_without_a_shortcut_keeps_one_group_open_at_each_site():
-    network = built("mobilenet_v2", gates="both")
+@pytest.mark.parametrize("options", [{}, {"always_open": 2}])
+def test_a_mobilenet_block_without_a_shortcut_keeps_groups_open_at_each_site(options):
+    network = built("mobilenet_v2", gates="both", **options)
     ends = list(network.graph.edges)
     for site in network.sites:
-        assert site.always_open == int(ends.count(ends[site.edge]) == 1)
+        assert site.always_open == (0 if ends.count(ends[site.edge]) > 1 else options.get("always_open", 1))
     assert len(network.choices) == 10  # the blocks beside an identity
     assert network.gate_count == network.units - len(ends) - sum(site.always_open for site in network.sites) + 10
     assert built("mobilenet_v2", gates="layers").gate_count == 10
+
+
+def test_no_more_groups_stay_open_than_there_are():
+    with pytest.raises(GraphError, match="always_open must lie in 0 to 2 groups, got 3"):
+        mobilenet_v2(always_open=3)
 
 
 def test_a_site_without_a_gate_needs_nothing_that_decides():
@@ -614,6 +620,8 @@ def test_measured_through_the_command_line(arguments: list[str], macs: int, caps
         ("mobilenet_v2", {"width": float("inf")}, "width must be a number > 0, got inf"),
         ("mobilenet_v2", {"width": True}, "width must be a number > 0, got True"),
         ("mobilenet_v2", {"strides": "mnist"}, "strides must be imagenet or cifar, got 'mnist'"),
+        ("mobilenet_v2", {"always_open": 0}, "always_open must be a whole number >= 1, got 0"),
+        ("mobilenet_v2", {"always_open": 2, "gates": "layers"}, "always_open is of gates on channels: .*, got layers"),
         ("mobilenet_v2", {"granularity": (1,) * 6}, "or 7 of them, one for each stage, got"),
         ("mobilenet_v2", {"where": "all"}, "where must be hidden or output or ends, got 'all'"),
         ("mobilenet_v2", {"task": "segmentation"}, "task must be classification, got 'segmentation'"),
