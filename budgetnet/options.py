@@ -46,6 +46,7 @@ class SearchOptions:
         target_rates: of the penalty per-gate, rates of their own for layers: {"g0.*": 1, "g2.*.hidden0": 0.7} names
             edges, or channel gates inside them, by name or by pattern (`*`, `?`); of several that fit a gate the last
             counts. They are in force from the start. ConvNet-AIG sets them by hand (Herrmann et al., section 3.1).
+            An exit needs one: the share of the images whose gate is to take it, which may be larger (section 5).
         target: how the limit in force comes down: "linear" while `anneal` lasts; "constant": it is in force from
             the start, as usual in Herrmann et al.; "stepped" by `target_fall` of the full cost every
             `target_every` epochs (S1.1), to the limit before the search ends; "moving" or "exponential": it follows

@@ -179,7 +179,7 @@ def own_rates(network: SuperNetwork, options: SearchOptions) -> list[tuple[list[
     """The columns of gates that have a rate of their own, and that rate, as they were named.
 
     Raises:
-        ConfigError: a name is of no gate.
+        ConfigError: a name is of no gate, or gates are drawn to rates and an exit has none.
     """
     found = [(network.columns_named(name), float(rate)) for name, rate in options.target_rates.items()]
     for name, (columns, _) in zip(options.target_rates, found, strict=True):
@@ -187,6 +187,11 @@ def own_rates(network: SuperNetwork, options: SearchOptions) -> list[tuple[list[
             gated = [edge for place, edge in enumerate(network.edge_names) if network.own_columns(place)]
             such = f", such as {gated[0]!r}" if gated else ""
             raise ConfigError(f"target_rates must name layers with gates{such}, got {name!r}")
+    asked = {column for columns, _ in found for column in columns}
+    for edge in network.exits:  # whose rate is no share of a cost
+        if options.penalty == "per-gate" and network.gate_of[edge] not in asked:
+            name = network.edge_names[edge]
+            raise ConfigError(f"penalty per-gate needs the rate of each exit in target_rates, got none for {name!r}")
     return found
 
 
@@ -401,7 +406,8 @@ class Steering:
         if self.options.penalty != "price":
             share = min(1.0, limit / budget.full)
             if self.options.penalty == "per-gate":
-                return per_gate(kept, self._rates(share))
+                exits = [column for edge in self.network.exits if (column := self.network.gate_of[edge]) is not None]
+                return per_gate(kept, self._rates(share), at_least=exits)
             squares = batch_activation if self.options.penalty == "batch-activation" else const_quad
             return squares(cost / budget.full, share)
         if self.options.price != "dual":  # nothing takes a fixed price back once the budget is kept

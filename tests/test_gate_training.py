@@ -195,6 +195,22 @@ def test_layers_are_drawn_to_the_rates_that_are_asked_of_them():
     assert [float(part.mean()) for part in opened] == pytest.approx([1, 0.5, 0.2], abs=0.1)
 
 
+def test_each_exit_is_asked_for_its_share_of_the_images_at_least():
+    """Gates that start at 0.27 stay where less is asked, and open where more is."""
+    rates = {"d0.exit": 0.1, "d1.exit": 0.75}
+    one = learner(small_exits, "layers<=80%", penalty="per-gate", price=100.0, target_rates=rates)
+    one.begin_search()
+    losses, kept = sampled(one)
+    objective = one.search_objective(losses, kept, 1.0, 0.0, Sums()) - losses.mean()
+    seen, (first, second) = kept.detach().mean(dim=0), (one.network.heads[str(edge)] for edge in one.network.exits)
+    assert seen[0] > 0.1
+    assert seen[1] < 0.75
+    assert objective.item() == pytest.approx(100 * (0.75 - float(seen[1])) ** 2 / 2, rel=1e-4)
+    objective.backward()
+    assert first.decide.bias.grad is None or not first.decide.bias.grad.any()
+    assert second.decide.bias.grad[1] < 0
+
+
 def test_const_quad_asks_nothing_of_a_batch_below_its_target():
     """Eq. 3 is 0 there, where Eq. 1 pulls gates open."""
     gradients = []
@@ -279,6 +295,12 @@ by_input = partial(small_resnet, conditional=True)
             ["macs<=50%"],
             {"penalty": "per-gate", "target_rates": {"g0.*": 1, "*.skip": 0.5}},
             r"target_rates must name layers with gates, such as 'g0\.0\.block', got '\*\.skip'",
+        ),
+        (
+            small_exits,
+            ["layers<=80%"],
+            {"penalty": "per-gate", "target_rates": {"d0.exit": 0.3}},
+            "per-gate needs the rate of each exit in target_rates, got none for 'd1.exit'",
         ),
         (small_exits, ["activation<=0.5"], {"penalty": "const-quad"}, "penalty const-quad is of .* activation is 0"),
         (small_exits, ["activation<=0.5"], {"target": "stepped"}, "target stepped is of .* activation is 0"),
