@@ -167,6 +167,8 @@ SMALL: dict[str, dict[str, Any]] = {
     | {"granularity": (1, 2, 4), "shortcut": "identity"},
     "resnet-conditional": {"depth": 8, "channels": 4, "image_size": 16, "gates": "both", "granularity": 2}
     | {"conditional": True, "memory": True, "logits": 2},
+    "resnet-conditional-lock": {"depth": 14, "channels": 4, "image_size": 16, "granularity": 2, "where": "ends"}
+    | {"conditional": True, "lock": True},
     "resnet-bottlenecks": {"depth": 50, "channels": 8, "classes": 3, "image_size": 33, "where": "ends"}
     | {"granularity": "paper"},
     "mobilenet_v2": {"width": 0.1, "classes": 3, "image_size": 16, "strides": "cifar", "gates": "both"},
@@ -368,6 +370,21 @@ def test_conditional_gates_look_at_their_blocks_input(gates: str):
     channels = [0 if gates == "layers" else size for size in (4, 8, 16)]
     assert counts == {f"g{group}.0.block": (into, own + channels[group]) for group, into in enumerate((4, 4, 8))}
     assert not built("resnet", depth=8, channels=4, gates=gates).heads
+
+
+def test_locked_conditional_gates_look_at_the_first_of_identical_blocks():
+    network = built("resnet", depth=20, channels=4, conditional=True, lock=True)
+    deciding = {network.edge_names[int(edge)] for edge in network.heads}
+    assert deciding == {f"g{group}.{block}.block" for group, block in ((0, 0), (1, 0), (1, 1), (2, 0), (2, 1))}
+    led = {network.edge_names[edge]: network.edge_names[leader] for edge, leader in network.leaders.items()}
+    leaders = {"g0.1": "g0.0", "g0.2": "g0.0", "g1.2": "g1.1", "g2.2": "g2.1"}
+    assert led == {f"{edge}.block": f"{leader}.block" for edge, leader in leaders.items()}
+    mobile = built("mobilenet_v2", conditional=True, lock=True, image_size=96)
+    assert mobile.leaders == {edge_of(mobile, "s2.2.block"): edge_of(mobile, "s2.1.block")} | {
+        edge_of(mobile, f"s{stage}.{block}.block"): edge_of(mobile, f"s{stage}.1.block")
+        for stage, blocks in ((3, 4), (4, 3), (5, 3))
+        for block in range(2, blocks)
+    }
 
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2"])
@@ -613,7 +630,11 @@ def test_measured_through_the_command_line(arguments: list[str], macs: int, caps
         ("resnet", {"granularity": 1.5}, "granularity must be a whole number >= 1 or 3 of them, .* got 1.5"),
         ("resnet", {"depth": 50, "granularity": "coarse"}, "whole number >= 1, 'paper', or 4 of them, .* got 'coarse'"),
         ("resnet", {"memory": True}, "memory is of gates that look at the input: expected conditional, got"),
-        ("resnet", {"lock": True, "conditional": True}, "lock is of gates that do not look at the input, got cond"),
+        (
+            "resnet",
+            {"lock": True, "conditional": True, "gates": "both"},
+            "lock of gates that look at the input needs gates on channels alone, got both",
+        ),
         ("resnet", {"lock": True, "gates": "layers"}, "lock needs gates on channels: channels or both, got layers"),
         ("resnet", {"conditional": True, "gates": "none"}, "conditional needs gates: .*, got none"),
         ("mobilenet_v2", {"width": 0}, "width must be a number > 0, got 0"),

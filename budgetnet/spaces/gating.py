@@ -33,7 +33,8 @@ class Gating:
         conditional: gates look at the input of their branch.
         logits: learned for each gate: 1, or 2 of which the difference counts (section 3.2).
         memory: the conditional gates of a branch see each other's tentative decisions (S1.3).
-        lock: identical branches share the gates of corresponding channels, at every site (S1.3).
+        lock: identical branches share the gates of corresponding channels, at every site (S1.3); those that look at
+            the input look at that of the first branch.
         always_open: groups, the first ones, of each site that no gate closes where the branch has no shortcut (4.2).
 
     Raises:
@@ -62,8 +63,8 @@ class Gating:
             raise ConfigError("conditional needs gates: channels, layers or both, got none")
         if self.memory and not self.conditional:
             raise ConfigError("memory is of gates that look at the input: expected conditional, got gates that do not")
-        if self.lock and self.conditional:
-            raise ConfigError("lock is of gates that do not look at the input, got conditional")
+        if self.lock and self.conditional and self.layers:
+            raise ConfigError(f"lock of gates that look at the input needs gates on channels alone, got {self.gates}")
         if self.lock and not self.channels:
             raise ConfigError(f"lock needs gates on channels: channels or both, got {self.gates}")
         if self.always_open > 1 and not self.channels:

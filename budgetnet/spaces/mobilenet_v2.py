@@ -64,6 +64,7 @@ def mobilenet_v2(
         logits: learned for each gate, 1 or 2.
         memory: conditional gates of a block see each other's tentative decisions.
         lock: identical blocks of a stage, all but its first, share their gates, and end as identical, smaller ones.
+            Conditional gates on channels are decided by the first of these blocks.
         task: "classification".
 
     Raises:
