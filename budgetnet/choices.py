@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -56,6 +57,8 @@ class Choices:
         sites: the channel gates.
         units: U.
         gate_of: for each of the U units the column of its gate, None where it is always kept.
+        leaders: of edges whose gates look at the input and are locked to those of an earlier edge: that edge, which
+            decides for them.
         independent: columns of gates that do not look at the input; they come first.
         gate_count: G.
         behind: for each exit the edges that what takes it does not pass along; a node's exits have an order.
@@ -70,6 +73,7 @@ class Choices:
     sites: tuple[Site, ...]
     units: int
     gate_of: tuple[int | None, ...]
+    leaders: dict[int, int]
     independent: int
     gate_count: int
     behind: dict[int, list[int]]
@@ -78,6 +82,7 @@ class Choices:
     def _arrange(self, conditional: Collection[int]) -> None:
         """Numbers the units and their gates; `conditional` edges have gates that look at the input."""
         self.units = len(self.graph.edges) + sum(site.groups for site in self.sites)
+        self.leaders = self._leaders(set(conditional))
         self.gate_of, self.independent = self._columns(set(conditional))
         self.gate_count = 1 + max((column for column in self.gate_of if column is not None), default=-1)
         self._gated = [unit for unit, column in enumerate(self.gate_of) if column is not None]
@@ -91,6 +96,13 @@ class Choices:
         """Columns of the gates on an edge and on its channels, each once."""
         places = [edge, *range(*self.span(edge))]
         return list(dict.fromkeys(column for unit in places if (column := self.gate_of[unit]) is not None))
+
+    def columns_named(self, pattern: str) -> list[int]:
+        """Columns of the gates of each edge, or site "edge.site", of that name or that the pattern ("g0.*") fits."""
+        places = {name: [edge, *range(*self.span(edge))] for edge, name in enumerate(self.edge_names)}
+        places |= {f"{self.edge_names[site.edge]}.{site.name}": list(range(*site.units)) for site in self.sites}
+        units = {unit for name, own in places.items() if name == pattern or fnmatchcase(name, pattern) for unit in own}
+        return sorted({column for unit in units if (column := self.gate_of[unit]) is not None})
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -288,31 +300,65 @@ class Choices:
 
     def _columns(self, conditional: set[int]) -> tuple[tuple[int | None, ...], int]:
         columns: list[int | None] = [None] * self.units
+        locked: dict[tuple[str, int], int] = {}
         count = 0
-        for edge in range(len(self.graph.edges)):
+
+        def number(edge: int, count: int) -> int:
+            """Gives each group of an edge's channels its column."""
+            for site in self.sites:
+                for place in range(site.always_open, site.groups) if site.edge == edge else ():
+                    column = count if site.lock is None else locked.setdefault((site.lock, place), count)
+                    columns[site.units[0] + place], count = column, max(count, column + 1)
+            return count
+
+        edges = range(len(self.graph.edges))
+        for edge in edges:
             if not self.fixed[edge] and edge not in conditional:
                 columns[edge], count = count, count + 1
-        locked: dict[tuple[str, int], int] = {}
-        for site in self.sites:
-            if site.edge in conditional:
-                if site.lock is not None:
-                    raise GraphError(f"gates that look at the input cannot be locked, got {site.lock!r}")
-                continue
-            for place, unit in enumerate(range(*site.units)):
-                if place < site.always_open:
-                    continue
-                column = count if site.lock is None else locked.setdefault((site.lock, place), count)
-                columns[unit], count = column, max(count, column + 1)
+        for edge in edges:
+            if edge not in conditional:
+                count = number(edge, count)
         independent = count
         for edge in self.visits:
             if edge in conditional:
-                units = [edge] if not self.fixed[edge] else []
-                for site in self.sites:
-                    if site.edge == edge:
-                        units += range(site.units[0] + site.always_open, site.units[1])
-                for unit in units:
-                    columns[unit], count = count, count + 1
+                if not self.fixed[edge]:
+                    columns[edge], count = count, count + 1
+                count = number(edge, count)
         return tuple(columns), independent
+
+    def _leaders(self, conditional: set[int]) -> dict[int, int]:
+        leaders: dict[int, int] = {}
+        for edge in (edge for edge in self.visits if edge in conditional):
+            sites = self._locks(edge)
+            names = {lock for lock, *_ in sites if lock is not None}
+            if not names:
+                continue
+            sharing = [other for other in self.visits if names & {lock for lock, *_ in self._locks(other)}]
+            for other in sharing:
+                whole = other in conditional and self.fixed[other] and all(lock is not None for lock, *_ in sites)
+                if not whole or self._locks(other) != sites:
+                    raise GraphError(
+                        "edges with locked gates that look at the input must share all of them, and have none on the "
+                        f"edge as a whole, got {self.edge_names[other]!r}"
+                    )
+            if not self._on_sure_path(sharing[0]):
+                raise GraphError(
+                    "the first edge with locked gates that look at the input decides for all, and must lie on a path "
+                    f"that is always kept, got {self.edge_names[sharing[0]]!r}"
+                )
+            if sharing[0] != edge:
+                leaders[edge] = sharing[0]
+        return leaders
+
+    def _locks(self, edge: int) -> list[tuple[str | None, int, int]]:
+        """Of each site of an edge what must be the same where its gates are shared."""
+        return [(site.lock, site.groups, site.always_open) for site in self.sites if site.edge == edge]
+
+    def _on_sure_path(self, edge: int) -> bool:
+        """Whether an edge is used wherever it is kept: nothing else on some path through it can be closed."""
+        closable = {site.edge for site in self.sites if not site.always_open}
+        kept = [float(self.fixed[e] and (e == edge or e not in closable)) for e in range(len(self.fixed))]
+        return bool(self.graph.used(torch.tensor([kept], device="cpu"))[0, edge])
 
     def _behind(self, exit: int) -> list[int]:
         start = self.graph.edges[exit][0]

@@ -32,7 +32,8 @@ class ChannelGate(nn.Module):
         channels: that arrive here.
         granularity: channels a gate controls; the last group may be smaller (Herrmann et al., 4.2).
         always_open: number of groups, the first ones, that no gate closes: for places without a shortcut.
-        lock: sites of one name share their gates, group by group (S1.3, "locked").
+        lock: sites of one name share their gates, group by group (S1.3, "locked"). Where these look at the input, the
+            first of the edges decides for all, and all must have the same gates.
         name: of the site, unique in its sequence.
 
     Raises:

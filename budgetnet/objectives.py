@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 import torch
@@ -61,17 +62,19 @@ def const_quad(rate: Tensor, target: float) -> Tensor:
     return squared(hinge(_excess(rate, target)))
 
 
-def per_gate(kept: Tensor, target: float | Tensor) -> Tensor:
+def per_gate(kept: Tensor, target: float | Tensor, *, at_least: Sequence[int] = ()) -> Tensor:
     """`mean_g (t_g - mean_b kept_bg)^2`, a scalar: asks each gate for its rate, whatever the others do.
 
     Args:
         kept: `(B, G)` gates in [0, 1].
         target: t in [0, 1] for all gates, or `(G,)` of them.
+        at_least: columns of gates that may be on more often without a loss, `max(0, t_g - mean_b kept_bg)^2`: exits.
 
     Raises:
         ConfigError: gates or targets of another shape or type, or a target outside its range.
 
-    Source: batch activation gating, section 3.1, L_G: the loss of ConvNet-AIG, arXiv:1711.11503.
+    Source: batch activation gating, section 3.1, L_G: the loss of ConvNet-AIG, arXiv:1711.11503; of exits section 5,
+        whose target is one for all of them.
     """
     if kept.ndim != 2 or not kept.numel() or not kept.is_floating_point():
         raise ConfigError(f"kept must be (B, G) floats, B and G >= 1, got {tuple(kept.shape)} {kept.dtype}")
@@ -83,7 +86,10 @@ def per_gate(kept: Tensor, target: float | Tensor) -> Tensor:
         target = target.to(kept)
     else:
         _check_share("target", target)
-    return squared(kept.mean(dim=0) - target).mean()
+    excess = kept.mean(dim=0) - target
+    bounded = torch.zeros_like(excess, dtype=torch.bool)
+    bounded[list(at_least)] = True
+    return squared(torch.where(bounded, excess.clamp(max=0), excess)).mean()
 
 
 def score_function_loss(

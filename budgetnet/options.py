@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -43,11 +43,17 @@ class SearchOptions:
         penalty: "price": the price times the relative excess; "batch-activation" (Eq. 1 of Herrmann et al.),
             "const-quad" (Eq. 3), each times the price; "per-gate": each gate's rate is drawn to
             the limit's share of the full cost, as in ConvNet-AIG. All but the first need the estimator gumbel.
+        target_rates: of the penalty per-gate, rates of their own for layers: {"g0.*": 1, "g2.*.hidden0": 0.7} names
+            edges, or channel gates inside them, by name or by pattern (`*`, `?`); of several that fit a gate the last
+            counts. They are in force from the start. ConvNet-AIG sets them by hand (Herrmann et al., section 3.1).
+            An exit needs one: the share of the images whose gate is to take it, which may be larger (section 5).
         target: how the limit in force comes down: "linear" while `anneal` lasts; "constant": it is in force from
             the start, as usual in Herrmann et al.; "stepped" by `target_fall` of the full cost every
             `target_every` epochs (S1.1), to the limit before the search ends; "moving" or "exponential": it follows
             the batches' own cost, from the limit at the start of each epoch (S1.2).
         target_fall, target_every: of the stepped target.
+        target_decay: share of itself that an exponential target keeps with each batch, in [0, 1); the rest is the
+            batch's cost. The paper has no number (S1.2).
         target_start: share of the full cost where a stepped target begins, and a moving one, for which it is > 0, in
             each epoch; None for 1, and for the limit's own share.
         gate_decay: weight decay of the gates; "papers" for 20 / G * 1e-4.
@@ -101,9 +107,11 @@ class SearchOptions:
     temperature: float = 1.0
     noiseless: float | None = None
     penalty: Literal["price", "batch-activation", "const-quad", "per-gate"] = "price"
+    target_rates: dict[str, float] = field(default_factory=dict)
     target: Literal["linear", "constant", "stepped", "moving", "exponential"] = "linear"
     target_fall: float = 0.05
     target_every: int = 5
+    target_decay: float = 0.9
     target_start: float | None = None
     gate_decay: float | Literal["papers"] = 0.0
     distillation: float = 0.0
@@ -153,9 +161,11 @@ class SearchOptions:
             "exit_supervision",
         ):
             _check(name, self._value(name), least=0)
-        for name in ("warmup", "finetune", "noiseless", "anneal", "momentum"):
+        for name in ("warmup", "finetune", "noiseless", "anneal", "momentum", "target_decay"):
             _check(name, self._value(name), least=0, below=1 if name != "anneal" else None)
         _check("gate_start", self._value("gate_start"))
+        if self.target != "exponential" and self.target_decay != SearchOptions.target_decay:
+            raise ConfigError(f"target_decay is of an exponential target, got {self.target_decay} with {self.target}")
         if self.target_start is not None:
             _check("target_start", self.target_start, least=0)
             if self.target_start > 1 or self.target in ("linear", "constant"):
@@ -163,6 +173,13 @@ class SearchOptions:
                 raise ConfigError(f"target_start must be {whole}, got {self.target_start} with {self.target}")
             if self.target_start == 0 and self.target in MOVING:
                 raise ConfigError(f"target_start of a moving target must be > 0, got {self.target_start}")
+        if not isinstance(self.target_rates, dict):
+            raise ConfigError(f"target_rates must map names of layers to rates, got {self.target_rates!r}")
+        for name, rate in self.target_rates.items():
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+                raise ConfigError(f"target_rates must lie in [0, 1], got {rate!r} for {name!r}")
+        if self.target_rates and self.penalty != "per-gate":
+            raise ConfigError(f"target_rates are of the penalty per-gate, got them with {self.penalty}")
         if self.gate_decay != "papers":
             _check("gate_decay", self.gate_decay, least=0)
         for name in ("temperature", "distillation_temperature"):

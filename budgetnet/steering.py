@@ -100,6 +100,7 @@ def prepare(
     options = options.resolved(
         conditional=bool(network.heads), gated=bool(network.sites), drawn=any(budget.drawn for budget in asked)
     )
+    own_rates(network, options)  # which refuses names of no gate
     with torch.no_grad():
         network.gates.reset(float(options.gate_start or 0.0))
     if any(isinstance(budget.cost, Latency) for budget in asked):
@@ -174,6 +175,26 @@ def stepped(budget: BoundBudget, options: SearchOptions) -> SteppedTarget:
     return SteppedTarget(end, start=start, fall=options.target_fall, every=options.target_every)
 
 
+def own_rates(network: SuperNetwork, options: SearchOptions) -> list[tuple[list[int], float]]:
+    """The columns of gates that have a rate of their own, and that rate, as they were named.
+
+    Raises:
+        ConfigError: a name is of no gate, or gates are drawn to rates and an exit has none.
+    """
+    found = [(network.columns_named(name), float(rate)) for name, rate in options.target_rates.items()]
+    for name, (columns, _) in zip(options.target_rates, found, strict=True):
+        if not columns:
+            gated = [edge for place, edge in enumerate(network.edge_names) if network.own_columns(place)]
+            such = f", such as {gated[0]!r}" if gated else ""
+            raise ConfigError(f"target_rates must name layers with gates{such}, got {name!r}")
+    asked = {column for columns, _ in found for column in columns}
+    for edge in network.exits:  # whose rate is no share of a cost
+        if options.penalty == "per-gate" and network.gate_of[edge] not in asked:
+            name = network.edge_names[edge]
+            raise ConfigError(f"penalty per-gate needs the rate of each exit in target_rates, got none for {name!r}")
+    return found
+
+
 class Steering:
     """Gates, prices and targets: all of a search but the weights.
 
@@ -185,6 +206,7 @@ class Steering:
     Attributes:
         prices: of each budget.
         targets: of each budget, where they follow the batches.
+        rates: columns of gates with a rate of their own, and that rate; of several of a gate the last counts.
         starts: expected costs when sampling began; empty before.
         average: of loss and penalty, over earlier batches of the search.
         chosen: `(1, G)` the architecture that is gone on with, None before one is chosen.
@@ -208,7 +230,8 @@ class Steering:
         moving = options.target in MOVING
         begin = options.target_start
         shares = [min(1.0, b.limit / b.full) if begin is None else begin for b in budgets if moving]
-        self.targets = [MovingTarget(share, kind=options.target) for share in shares]
+        self.targets = [MovingTarget(share, kind=options.target, decay=options.target_decay) for share in shares]
+        self.rates = own_rates(network, options)
         self.starts: list[float] = []
         self.average: float | None = None
         self.chosen: Tensor | None = None
@@ -383,12 +406,20 @@ class Steering:
         if self.options.penalty != "price":
             share = min(1.0, limit / budget.full)
             if self.options.penalty == "per-gate":
-                return per_gate(kept, share)
+                exits = [column for edge in self.network.exits if (column := self.network.gate_of[edge]) is not None]
+                return per_gate(kept, self._rates(share), at_least=exits)
             squares = batch_activation if self.options.penalty == "batch-activation" else const_quad
             return squares(cost / budget.full, share)
         if self.options.price != "dual":  # nothing takes a fixed price back once the budget is kept
             return budget.penalty(cost, limit).mean()
         return cost.mean() / limit - 1
+
+    def _rates(self, share: float) -> Tensor:
+        """`(G,)` rates that the gates are drawn to, a share for those without one of their own."""
+        rates = torch.full((self.network.gate_count,), share)
+        for columns, rate in self.rates:
+            rates[columns] = rate
+        return rates
 
     def _baseline(self, total: float) -> str | float:
         """What this batch's samples are compared with; `total` is their mean loss and penalty."""

@@ -55,7 +55,8 @@ class Edge:
         steps: computation cycles, None for 0 on an identity and 1 elsewhere.
         gate: builds what decides this edge's gates from the start's value: called with its channels and the
             number of gates (the edge's own unless fixed, and those of its channels), such as
-            `ConditionalGates`; None for gates that do not look at the input.
+            `ConditionalGates`; None for gates that do not look at the input. Where gates are locked, that of the first
+            edge decides for all.
         exit: what takes this edge ends here: it passes along no other edge that leaves `start`.
         answers: of an exit with a gate: the gate looks at what the module makes of the start's value, and is built for
             those channels; what comes to the exit is answered there, taken or not.
@@ -156,7 +157,7 @@ class SuperNetwork(Choices, nn.Module):
         self._arrange(conditional)
         self.gates = Gates(self.independent, start=start, pairs=pairs)
         self.heads = nn.ModuleDict()
-        for edge in conditional:
+        for edge in (edge for edge in conditional if edge not in self.leaders):
             gate, count = edges[edge].gate, len(self.own_columns(edge))
             if count == 0:
                 raise GraphError(f"{self.edge_names[edge]!r} has a gate that decides nothing: it has no choice")
@@ -293,6 +294,7 @@ class SuperNetwork(Choices, nn.Module):
         reached: dict[int, Tensor] = {self.graph.source: whole.new_ones(len(whole))}
         through = whole.new_ones(len(whole))  # what no exit has taken yet
         outputs, taken = [], []
+        by_input: dict[int, Tensor] = {}  # decisions, by the edge that takes them
         waiting = [len(entering) for entering in self.graph.incoming]
         for edge in self.visits:
             start, end = self.graph.edges[edge]
@@ -303,10 +305,11 @@ class SuperNetwork(Choices, nn.Module):
                 count = len(self.own_columns(edge))
                 seen = values[start] if answer is None else answer
                 logits = x.new_zeros(1, count) if policy.blind else self.heads[str(edge)](seen)
-                decided = spread(policy(logits, slice(position, position + count)), len(x))
+                by_input[edge] = spread(policy(logits, slice(position, position + count)), len(x))
                 position += count
-                pieces.append(decided)
-                own, groups = self._decided(edge, decided, own, groups)
+                pieces.append(by_input[edge])
+            if (leader := self.leaders.get(edge, edge)) in by_input:
+                own, groups = self._decided(edge, by_input[leader], own, groups)
             own = own * reached[start] * self._sites_alive(edge, groups.detach())
             if isinstance(module, GatedSequential):
                 value = module.masked(values[start], spread(groups, len(x)))

@@ -9,6 +9,7 @@ import pickle
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import count, pairwise
 from random import Random
 from typing import Any
 
@@ -106,7 +107,10 @@ def any_module(random: Random, channels: bool) -> nn.Module:
 
 
 def any_network(kind: str, seed: int, nodes: int = 5, extra: int = 3) -> SuperNetwork:
-    """A random DAG with random gates: "layers", "channels", "both"; "mixed": others too that do not look; "exits"."""
+    """A random DAG with random gates: "layers", "channels", "both"; "mixed": others too that do not look; "exits";
+
+    "locked" and "locked exits": beside them branches that share their gates.
+    """
     random = Random(f"{kind} {seed}")
     edges: list[Edge] = []
 
@@ -135,9 +139,27 @@ def any_network(kind: str, seed: int, nodes: int = 5, extra: int = 3) -> SuperNe
                 )
             )
 
-    last = f"a{nodes - 1}"
-    stretch(["x", *(f"a{place}" for place in range(1, nodes))])
-    if kind == "exits":
+    def twins(names: Sequence[str]) -> None:
+        """A chain that is always kept, and branches beside it whose gates are shared, here and in other stretches."""
+        for start, end in pairwise(names):
+            module = random.choice([nn.Identity, lambda: conv(CHANNELS, CHANNELS)])()
+            edges.append(Edge(start=start, end=end, module=module, name=f"e{len(edges)}", fixed=True))
+        modules = (any_module(Random(number), True) for number in count(seed))
+        template = next(module for module in modules if isinstance(module, GatedSequential))
+        for site in template.sites:
+            site.lock = f"twin {site.name}"
+        for _ in range(2):
+            start, end = sorted(random.sample(range(len(names)), 2))
+            ends = {"start": names[start], "end": names[end]}
+            module = copy.deepcopy(template)
+            edges.append(Edge(**ends, module=module, name=f"e{len(edges)}", fixed=True, gate=gate))
+
+    names = ["x", *(f"a{place}" for place in range(1, nodes))]
+    last = names[-1]
+    stretch(names)
+    if "locked" in kind:
+        twins(names)
+    if "exits" in kind:
         for place in range(random.choice([1, 2])):
             ways = [gate, lambda channels, count: FeatureGate(channels, hidden=4), AnswerGate, None]
             way = random.choice(ways if place else ways[:3])
@@ -152,8 +174,11 @@ def any_network(kind: str, seed: int, nodes: int = 5, extra: int = 3) -> SuperNe
                     answers=way is AnswerGate,
                 )
             )
-        stretch([last, *(f"b{place}" for place in range(1, nodes))])
-        last = f"b{nodes - 1}"
+        names = [last, *(f"b{place}" for place in range(1, nodes))]
+        stretch(names)
+        if "locked" in kind:
+            twins(names)
+        last = names[-1]
     edges.append(Edge(start=last, end="y", module=classifier(), name="last", fixed=True))
     random.shuffle(edges)
     names = sorted({edge.end for edge in edges} - {"y"})
@@ -209,7 +234,7 @@ def decided_alike(network: SuperNetwork, one: Tensor, other: Tensor) -> bool:
     return same and torch.equal(a[:, :edges], b[:, :edges])
 
 
-KINDS = ("layers", "channels", "both", "mixed", "exits")
+KINDS = ("layers", "channels", "both", "mixed", "exits", "locked", "locked exits")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -231,7 +256,7 @@ def test_outputs_and_decisions_are_those_of_computing_everything(kind: str, seed
                 torch.testing.assert_close(plain(given), expected, rtol=0, atol=1e-4 * scale)
                 assert torch.equal(given, x)
                 assert decided_alike(network, own, kept)
-                if kind != "exits":  # behind an exit nobody is asked
+                if "exits" not in kind:  # behind an exit nobody is asked
                     asked = [column for edge in plain.conditional_branches for column in edge.columns]
                     assert torch.equal(own[:, asked], kept[:, asked])
     after = network.state_dict()
@@ -399,7 +424,7 @@ def test_constants_that_agree_with_the_decisions_change_no_output(kind: str, see
     constants = polarised(own.mean(dim=0), 0.0)
     plain = conditional(network, constants=constants)
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
-    asked = sum(len(edge.columns) for edge in plain.conditional_branches)
+    asked = len({column for edge in plain.conditional_branches for column in edge.columns})
     assert asked <= int(constants.isnan().sum())
     assert parameters(plain) <= parameters(before)
     if network.connects(network.used(own[:1]))[0]:
@@ -493,6 +518,36 @@ def test_examples_that_exit_keep_their_places_and_cost_nothing_behind(exits: int
             stay = sum(not (first or (second and exits == 2)) for first, second in bits)
             head = CHANNELS * 4
             assert macs_of(plain, x) == stay * CHANNELS**2 * 9 * SIDE * SIDE + 7 * head
+
+
+@pytest.mark.parametrize("limits", [GATHER, NEVER])
+def test_decisions_for_a_later_edge_stay_with_their_examples_where_others_exit(limits: Limits, tmp_path):
+    """Pixels decide on the exit and on the groups of both branches; the first branch changes no pixel."""
+    first, second = hidden(), hidden()
+    first.sites[0].lock = second.sites[0].lock = "twin"
+    shared = {"gate": partial(Pixels, first=1), "fixed": True}
+    edges = [
+        Edge(start="x", end="a", module=nn.Identity(), name="skip", fixed=True),
+        Edge(start="x", end="a", module=first, name="first", **shared),
+        Edge(start="a", end="y", module=classifier(), name="exit", gate=Pixels, exit=True),
+        Edge(start="a", end="b", module=nn.Identity(), name="pass", fixed=True),
+        Edge(start="a", end="b", module=second, name="second", **shared),
+        Edge(start="b", end="y", module=classifier(), name="last", fixed=True),
+    ]
+    network = stir(SuperNetwork(edges, input_shape=(CHANNELS, SIDE, SIDE)), 0).eval()
+    with torch.no_grad():
+        for value in network.modules_on_edges[1][-1].parameters():
+            value.zero_()
+    plain = told(conditional(network), limits)
+    bits = [[row % 3 == 0, row % 2 == 0, row < 3, row == 5] for row in range(7)]
+    x = opening(network, bits)
+    output, kept = plain.decide(x)
+    torch.testing.assert_close(output, reference(network, x)[0])
+    assert kept[:, network.own_columns(1)].bool().tolist() == [row[1:] for row in bits]
+    for row in range(7):
+        torch.testing.assert_close(plain(x[row : row + 1])[0], output[row])
+    if limits == GATHER:
+        export_conditional(plain, tmp_path / "network.onnx", x)  # which compares each example
 
 
 def test_a_gate_behind_an_exit_that_was_taken_is_noted_as_closed():
@@ -785,7 +840,7 @@ def test_wide_groups_are_added_up(tmp_path, always_open: int):
         assert run_counts(path, x[row : row + 1])["Conv"] == 2 * (sum(is_open) + always_open)
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("both", 3), ("mixed", 2), ("exits", 1)])
+@pytest.mark.parametrize(("kind", "seed"), [("both", 3), ("mixed", 2), ("exits", 1), ("locked exits", 0)])
 def test_any_network_is_exported(tmp_path, kind: str, seed: int):
     network = any_network(kind, seed, nodes=3, extra=2)
     x = images(network, 6, seed)

@@ -172,6 +172,45 @@ def test_under_gumbel_loss_and_differentiable_costs_enter_as_they_are(penalty, e
     assert gradient.abs().sum() > 0
 
 
+def test_layers_may_have_rates_of_their_own():
+    """An edge with all that is in it, a place in it, or several by a pattern; the last that fits a gate decides."""
+    rates = {"g1.0.block": 1, "*.block.hidden0": 0.25, "g2.?.block": 0.0, "g0.0.block.hidden0": 0.75}
+    one = learner(partial(small_resnet, gates="both"), penalty="per-gate", price=3.0, target_rates=rates)
+    network, losses, kept = one.network, *sampled(one)
+    one.begin_search()
+    names = ["g0.0.block", "g1.0.block", "g2.0.block"]
+    assert [network.edge_names[edge] for edge in network.choices] == names
+    own = {None: [0.5, 1.0, 0.0], "g0.0.block": [0.75] * 4, "g1.0.block": [0.25] * 8, "g2.0.block": [0.0] * 16}
+    asked = torch.tensor([rate for given in own.values() for rate in given])
+    value = one.search_objective(losses, kept, 1.0, 0.0, Sums())
+    torch.testing.assert_close(value, losses.mean() + 3.0 * objectives.per_gate(kept, asked))
+
+
+def test_layers_are_drawn_to_the_rates_that_are_asked_of_them():
+    one = learner(small_resnet, penalty="per-gate", price=50.0, gate_rate=0.3, target_rates={"g0.*": 1, "g2.*": 0.2})
+    one.begin_search()
+    for place in range(60):
+        step(one, seed=place)
+    opened = one.network.probabilities().split([4, 8, 16])
+    assert [float(part.mean()) for part in opened] == pytest.approx([1, 0.5, 0.2], abs=0.1)
+
+
+def test_each_exit_is_asked_for_its_share_of_the_images_at_least():
+    """Gates that start at 0.27 stay where less is asked, and open where more is."""
+    rates = {"d0.exit": 0.1, "d1.exit": 0.75}
+    one = learner(small_exits, "layers<=80%", penalty="per-gate", price=100.0, target_rates=rates)
+    one.begin_search()
+    losses, kept = sampled(one)
+    objective = one.search_objective(losses, kept, 1.0, 0.0, Sums()) - losses.mean()
+    seen, (first, second) = kept.detach().mean(dim=0), (one.network.heads[str(edge)] for edge in one.network.exits)
+    assert seen[0] > 0.1
+    assert seen[1] < 0.75
+    assert objective.item() == pytest.approx(100 * (0.75 - float(seen[1])) ** 2 / 2, rel=1e-4)
+    objective.backward()
+    assert first.decide.bias.grad is None or not first.decide.bias.grad.any()
+    assert second.decide.bias.grad[1] < 0
+
+
 def test_const_quad_asks_nothing_of_a_batch_below_its_target():
     """Eq. 3 is 0 there, where Eq. 1 pulls gates open."""
     gradients = []
@@ -251,6 +290,18 @@ by_input = partial(small_resnet, conditional=True)
         (by_input, ["macs<=50%"], {"gate_optimizer": "sgd"}, "gate_optimizer is of gates that do not look"),
         (by_input, ["macs<=50%"], {"gate_limit": 1.0}, "gate_limit is of gates that do not look"),
         (by_input, ["macs<=50%"], {"exploration": 0.1}, "exploration is of gates that do not look"),
+        (
+            small_resnet,
+            ["macs<=50%"],
+            {"penalty": "per-gate", "target_rates": {"g0.*": 1, "*.skip": 0.5}},
+            r"target_rates must name layers with gates, such as 'g0\.0\.block', got '\*\.skip'",
+        ),
+        (
+            small_exits,
+            ["layers<=80%"],
+            {"penalty": "per-gate", "target_rates": {"d0.exit": 0.3}},
+            "per-gate needs the rate of each exit in target_rates, got none for 'd1.exit'",
+        ),
         (small_exits, ["activation<=0.5"], {"penalty": "const-quad"}, "penalty const-quad is of .* activation is 0"),
         (small_exits, ["activation<=0.5"], {"target": "stepped"}, "target stepped is of .* activation is 0"),
         (small_resnet, ["macs<=50%"], {"target": "stepped"}, "come down to macs's limit, 50 % of .*, got 100 %"),
@@ -322,13 +373,13 @@ def test_each_target_comes_down_in_its_own_way():
     stepped.begin_search()
     shares = [stepped.limits(0.0, epochs)[0] / full for epochs in (0, 1.9, 2, 4, 6, 60)]
     assert shares == pytest.approx([1.0, 1.0, 0.8, 0.6, 0.5, 0.5])
-    for kind in ("moving", "exponential"):
-        one = learner(small_resnet, target=kind)
+    for kind, decay in (("moving", None), ("exponential", 0.9), ("exponential", 0.25)):
+        one = learner(small_resnet, target=kind, **({} if decay in (None, 0.9) else {"target_decay": decay}))
         one.begin_search()
         assert one.limits(0.0) == [limit]
         sums = step(one)
         rate = sums.costs[0] / sums.samples / full
-        followed = (0.5 + rate) / 2 if kind == "moving" else 0.9 * 0.5 + 0.1 * rate
+        followed = (0.5 + rate) / 2 if decay is None else decay * 0.5 + (1 - decay) * rate
         assert one.limits(0.0) == [pytest.approx(followed * full)]
         one.begin_epoch()
         assert one.limits(0.0) == [limit]

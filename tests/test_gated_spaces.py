@@ -18,7 +18,7 @@ from budgetnet.architectures import named
 from budgetnet.blocks import dense_block, exit_classifier, padded_identity
 from budgetnet.cli import main
 from budgetnet.costs import Layers, MACs, Steps
-from budgetnet.errors import ConfigError, FileError
+from budgetnet.errors import ConfigError, FileError, GraphError
 from budgetnet.extraction import count, extract
 from budgetnet.sites import AnswerGate, ConditionalGates, FeatureGate, Fixed
 from budgetnet.spaces import BY_NAME, densenet_exits, mobilenet_v2, resnet
@@ -167,6 +167,8 @@ SMALL: dict[str, dict[str, Any]] = {
     | {"granularity": (1, 2, 4), "shortcut": "identity"},
     "resnet-conditional": {"depth": 8, "channels": 4, "image_size": 16, "gates": "both", "granularity": 2}
     | {"conditional": True, "memory": True, "logits": 2},
+    "resnet-conditional-lock": {"depth": 14, "channels": 4, "image_size": 16, "granularity": 2, "where": "ends"}
+    | {"conditional": True, "lock": True},
     "resnet-bottlenecks": {"depth": 50, "channels": 8, "classes": 3, "image_size": 33, "where": "ends"}
     | {"granularity": "paper"},
     "mobilenet_v2": {"width": 0.1, "classes": 3, "image_size": 16, "strides": "cifar", "gates": "both"},
@@ -370,6 +372,21 @@ def test_conditional_gates_look_at_their_blocks_input(gates: str):
     assert not built("resnet", depth=8, channels=4, gates=gates).heads
 
 
+def test_locked_conditional_gates_look_at_the_first_of_identical_blocks():
+    network = built("resnet", depth=20, channels=4, conditional=True, lock=True)
+    deciding = {network.edge_names[int(edge)] for edge in network.heads}
+    assert deciding == {f"g{group}.{block}.block" for group, block in ((0, 0), (1, 0), (1, 1), (2, 0), (2, 1))}
+    led = {network.edge_names[edge]: network.edge_names[leader] for edge, leader in network.leaders.items()}
+    leaders = {"g0.1": "g0.0", "g0.2": "g0.0", "g1.2": "g1.1", "g2.2": "g2.1"}
+    assert led == {f"{edge}.block": f"{leader}.block" for edge, leader in leaders.items()}
+    mobile = built("mobilenet_v2", conditional=True, lock=True, image_size=96)
+    assert mobile.leaders == {edge_of(mobile, "s2.2.block"): edge_of(mobile, "s2.1.block")} | {
+        edge_of(mobile, f"s{stage}.{block}.block"): edge_of(mobile, f"s{stage}.1.block")
+        for stage, blocks in ((3, 4), (4, 3), (5, 3))
+        for block in range(2, blocks)
+    }
+
+
 @pytest.mark.parametrize("name", ["resnet", "mobilenet_v2"])
 def test_logits_and_memory_of_gates(name: str):
     options: dict[str, Any] = {"depth": 8, "channels": 2} if name == "resnet" else {"image_size": 32, "gates": "layers"}
@@ -436,14 +453,20 @@ def test_the_papers_sites_of_a_mobilenet():
     assert sites(built("mobilenet_v2", where="hidden", granularity=96), "s3.1.block") == {"expanded": 4}
 
 
-def test_a_mobilenet_block_without_a_shortcut_keeps_one_group_open_at_each_site():
-    network = built("mobilenet_v2", gates="both")
+@pytest.mark.parametrize("options", [{}, {"always_open": 2}])
+def test_a_mobilenet_block_without_a_shortcut_keeps_groups_open_at_each_site(options):
+    network = built("mobilenet_v2", gates="both", **options)
     ends = list(network.graph.edges)
     for site in network.sites:
-        assert site.always_open == int(ends.count(ends[site.edge]) == 1)
+        assert site.always_open == (0 if ends.count(ends[site.edge]) > 1 else options.get("always_open", 1))
     assert len(network.choices) == 10  # the blocks beside an identity
     assert network.gate_count == network.units - len(ends) - sum(site.always_open for site in network.sites) + 10
     assert built("mobilenet_v2", gates="layers").gate_count == 10
+
+
+def test_no_more_groups_stay_open_than_there_are():
+    with pytest.raises(GraphError, match="always_open must lie in 0 to 2 groups, got 3"):
+        mobilenet_v2(always_open=3)
 
 
 def test_a_site_without_a_gate_needs_nothing_that_decides():
@@ -607,13 +630,19 @@ def test_measured_through_the_command_line(arguments: list[str], macs: int, caps
         ("resnet", {"granularity": 1.5}, "granularity must be a whole number >= 1 or 3 of them, .* got 1.5"),
         ("resnet", {"depth": 50, "granularity": "coarse"}, "whole number >= 1, 'paper', or 4 of them, .* got 'coarse'"),
         ("resnet", {"memory": True}, "memory is of gates that look at the input: expected conditional, got"),
-        ("resnet", {"lock": True, "conditional": True}, "lock is of gates that do not look at the input, got cond"),
+        (
+            "resnet",
+            {"lock": True, "conditional": True, "gates": "both"},
+            "lock of gates that look at the input needs gates on channels alone, got both",
+        ),
         ("resnet", {"lock": True, "gates": "layers"}, "lock needs gates on channels: channels or both, got layers"),
         ("resnet", {"conditional": True, "gates": "none"}, "conditional needs gates: .*, got none"),
         ("mobilenet_v2", {"width": 0}, "width must be a number > 0, got 0"),
         ("mobilenet_v2", {"width": float("inf")}, "width must be a number > 0, got inf"),
         ("mobilenet_v2", {"width": True}, "width must be a number > 0, got True"),
         ("mobilenet_v2", {"strides": "mnist"}, "strides must be imagenet or cifar, got 'mnist'"),
+        ("mobilenet_v2", {"always_open": 0}, "always_open must be a whole number >= 1, got 0"),
+        ("mobilenet_v2", {"always_open": 2, "gates": "layers"}, "always_open is of gates on channels: .*, got layers"),
         ("mobilenet_v2", {"granularity": (1,) * 6}, "or 7 of them, one for each stage, got"),
         ("mobilenet_v2", {"where": "all"}, "where must be hidden or output or ends, got 'all'"),
         ("mobilenet_v2", {"task": "segmentation"}, "task must be classification, got 'segmentation'"),

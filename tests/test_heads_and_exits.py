@@ -35,11 +35,10 @@ SEEDS = st.integers(0, 2**16)
 SHAPE = (2, 4, 4)
 
 
-def branch(lock: str | None = None) -> GatedSequential:
+def branch(lock: str | None = None, granularity: int = 2) -> GatedSequential:
     """Two convolutions of 2 channels with 3 hidden ones, in groups of 2 and 1."""
-    return GatedSequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), ChannelGate(3, 2, lock=lock), nn.Conv2d(3, 2, 1)
-    )
+    gate = ChannelGate(3, granularity, lock=lock)
+    return GatedSequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), gate, nn.Conv2d(3, 2, 1))
 
 
 def classifier() -> nn.Module:
@@ -79,6 +78,20 @@ def blocks(seed: int = 0, **options) -> SuperNetwork:
         Edge(start="c", end="y", module=classifier(), name="head", fixed=True),
     ]
     return stirred(SuperNetwork(edges, input_shape=SHAPE, nodes=[Node(name="b", activation=nn.ReLU())]), seed)
+
+
+def twins(seed: int = 0, **options) -> SuperNetwork:
+    """Two residual blocks that share their gates."""
+    gates = {"gate": partial(ConditionalGates, hidden=4, **options), "fixed": True}
+    edges = [
+        Edge(start="x", end="a", module=nn.Conv2d(2, 2, 1), name="stem", fixed=True),
+        Edge(start="a", end="b", module=nn.Identity(), name="skip1", fixed=True),
+        Edge(start="a", end="b", module=branch(lock="twin"), name="block1", **gates),
+        Edge(start="b", end="c", module=nn.Identity(), name="skip2", fixed=True),
+        Edge(start="b", end="c", module=branch(lock="twin"), name="block2", **gates),
+        Edge(start="c", end="y", module=classifier(), name="head", fixed=True),
+    ]
+    return stirred(SuperNetwork(edges, input_shape=SHAPE), seed)
 
 
 def two_exits(
@@ -221,6 +234,36 @@ def test_gumbel_decisions_teach_heads_by_prediction_and_cost(build):
             gradients = grad(value, list(head.parameters()), retain_graph=True)
             assert all(torch.isfinite(gradient).all() for gradient in gradients)
             assert any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_locked_gates_that_look_at_the_input_are_decided_by_the_first_edge(options):
+    network = twins(4, **options)
+    first, second = (network.edge_names.index(name) for name in ("block1", "block2"))
+    assert list(network.heads) == [str(first)]
+    assert network.own_columns(first) == network.own_columns(second) == [0, 1]
+    x = images(12)
+    for policy in (Sample(12, torch.Generator().manual_seed(0)), Threshold(), Gumbel(12)):
+        output, kept = network(x, policy)
+        assert kept.shape == (12, 2)
+        torch.testing.assert_close(network.run(x, network.used(kept.detach())), output)
+    _, kept = network(x, Threshold())
+    assert torch.equal(kept, (network.heads[str(first)](part(network, "stem")(x)) > 0).double())
+    assert 0 < kept.mean() < 1
+    assert list(MACs().bind(network).per_head) == [first]  # who decides for two decides once
+
+
+@pytest.mark.parametrize(("silent", "learns"), [(["block1"], True), (["block2"], True), (["block1", "block2"], False)])
+def test_a_head_learns_from_each_edge_that_it_decides_for(silent, learns):
+    """Nothing comes of what is open on a silent edge."""
+    network = twins()
+    with torch.no_grad():
+        for name in silent:
+            for value in part(network, name)[-1].parameters():
+                value.zero_()
+    output, _ = network(images(12), Gumbel(12, generator=torch.Generator().manual_seed(0)))
+    (gradient,) = grad(output.square().sum(), network.heads["2"].decide.weight)
+    assert bool(gradient.any()) == learns
 
 
 def test_one_example_decides_without_batch_statistics():
@@ -402,7 +445,7 @@ def test_the_score_function_of_relevant_gates_is_unbiased(build):
     torch.testing.assert_close(estimate, exact)
 
 
-@pytest.mark.parametrize("build", [two_exits, partial(two_exits, conditional=False, channels=True)])
+@pytest.mark.parametrize("build", [two_exits, partial(two_exits, conditional=False, channels=True), twins])
 def test_pathwise_is_used_whatever_exits_are_taken(build):
     network = build()
     kept = every(network.gate_count).requires_grad_()
@@ -488,7 +531,7 @@ def test_the_full_network_takes_no_exit():
 
 @pytest.mark.parametrize(
     "build",
-    [blocks, two_exits, partial(two_exits, answers=True), partial(two_exits, conditional=False, channels=True)],
+    [blocks, twins, two_exits, partial(two_exits, answers=True), partial(two_exits, conditional=False, channels=True)],
 )
 @pytest.mark.parametrize("cost", [MACs(), MACs(gates=False)], ids=["gates count", "gates are free"])
 def test_the_cheapest_architecture_is_the_cheapest_of_all(build, cost):
@@ -527,6 +570,9 @@ def test_candidates_of_a_network_with_exits_take_one_where_the_budget_asks_for_i
     assert torch.equal(found, network.architecture("full"))
 
 
+LOCKED = "edges with locked gates that look at the input must share all of them, and have none on the edge as a whole"
+
+
 @pytest.mark.parametrize(
     ("edges", "message"),
     [
@@ -536,7 +582,41 @@ def test_candidates_of_a_network_with_exits_take_one_where_the_budget_asks_for_i
         ),
         (
             [Edge(start="x", end="y", module=branch(lock="twin"), gate=ConditionalGates)],
-            "gates that look at the input cannot be locked, got 'twin'",
+            f"{LOCKED}, got 'x>y'",
+        ),
+        (
+            [
+                Edge(start="x", end="a", module=branch(lock="twin"), gate=ConditionalGates, fixed=True),
+                Edge(start="a", end="y", module=branch(lock="twin"), fixed=True),
+            ],
+            f"{LOCKED}, got 'a>y'",
+        ),
+        (
+            [
+                Edge(start="x", end="a", module=branch(lock="twin"), gate=ConditionalGates, fixed=True),
+                Edge(start="a", end="y", module=branch(lock="twin", granularity=1), gate=ConditionalGates, fixed=True),
+            ],
+            f"{LOCKED}, got 'a>y'",
+        ),
+        (
+            [
+                Edge(
+                    start="x",
+                    end="y",
+                    module=GatedSequential(ChannelGate(2, name="first"), *branch(lock="twin")),
+                    gate=ConditionalGates,
+                    fixed=True,
+                ),
+            ],
+            f"{LOCKED}, got 'x>y'",
+        ),
+        (
+            [
+                Edge(start="x", end="a", module=branch(), fixed=True),
+                Edge(start="a", end="y", module=branch(lock="twin"), gate=ConditionalGates, fixed=True),
+            ],
+            "the first edge with locked gates that look at the input decides for all, and must lie on a path that is "
+            "always kept, got 'a>y'",
         ),
         (
             [

@@ -387,9 +387,10 @@ def test_a_network_that_skips_is_timed_beside_the_full_one(tmp_path):
     assert all(0 < ratio < 0.9 for ratio in ratios.values()), ratios
 
 
-def test_gates_that_are_constants_are_not_paid_for():
-    """By hand: the second block's gates are constants, so what it keeps is paid for and its decisions are not."""
-    network, digits = stirred(resnet), bn.data.load("digits")
+@pytest.mark.parametrize("options", [{}, {"depth": 14, "lock": True}])
+def test_gates_that_are_constants_are_not_paid_for(options):
+    """By hand: the later blocks' gates are constants, so what they keep is paid for and their decisions are not."""
+    network, digits = stirred(partial(resnet, **options)), bn.data.load("digits")
     images = Batches(digits.train, batch_size=64).epoch(0)
     recalibrate(network, lambda x: network.masked(x, Threshold())[0], images)
     with torch.no_grad():
@@ -401,7 +402,8 @@ def test_gates_that_are_constants_are_not_paid_for():
     folded, told = fold_gates(network, digits, 0.5, 0.0)
     gates = [len(network.own_columns(edge)) for edge in (first, *others)]
     assert told["gates"] == sum(gates)
-    (branch,) = folded.conditional_branches
+    branch, *led = folded.conditional_branches
+    assert [edge.columns for edge in led] == [branch.columns] * bool(options)  # for which the first decides
     assert told["constants"] == sum(gates) - len(branch.columns)
     original, after = told["validation"]["original"], told["validation"]["folded"]
     assert after["accuracy"] == pytest.approx(original["accuracy"], abs=1e-3)

@@ -200,6 +200,16 @@ def test_the_loss_of_each_gate_by_hand_and_its_gradient():
     assert kept.grad.tolist() == [[0, 0.25], [0, 0.25]]  # 2 (mean - t) / (B G)
 
 
+def test_an_exit_may_be_taken_more_often_than_it_is_asked_to_be():
+    """Rates 1/2 and 1 of two gates each, one of which is an exit: 0 above its target, the square below it."""
+    kept = torch.tensor([[0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]], requires_grad=True)
+    value = per_gate(kept, torch.tensor([0.25, 0.25, 1.0, 0.0]), at_least=[0, 3])
+    assert value == 0.25**2 / 4
+    value.backward()
+    assert kept.grad.tolist() == [[0, 0.0625, 0, 0]] * 2  # 2 (mean - t) / (B G)
+    assert per_gate(kept, torch.tensor([0.75, 0.5, 1.0, 1.0]), at_least=[0, 3]) == 0.25**2 / 4
+
+
 def test_a_stepped_target_falls_as_the_paper_has_it():
     """By 0.05 every 5 epochs from 1: not inside an epoch, not at the first, and never below the target."""
     target = SteppedTarget(0.8)

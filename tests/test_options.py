@@ -32,7 +32,7 @@ def test_rates_and_gains_are_numbers_from_0(name: str, value: object):
     assert getattr(SearchOptions(**{name: 0}), name) == 0
 
 
-@pytest.mark.parametrize("name", ["warmup", "finetune", "noiseless", "momentum"])
+@pytest.mark.parametrize("name", ["warmup", "finetune", "noiseless", "momentum", "target_decay"])
 @pytest.mark.parametrize("value", [-0.1, 1, math.nan])
 def test_shares_lie_below_1(name: str, value: float):
     with pytest.raises(ConfigError, match=rf"{name} must be a number >= 0 and < 1, got"):
@@ -55,6 +55,12 @@ def test_shares_lie_below_1(name: str, value: float):
         ({"precision": "int8"}, "precision must be auto or float32 or bfloat16, got 'int8'"),
         ({"target": "moving", "target_start": 0}, "target_start of a moving target must be > 0, got 0"),
         ({"target": "exponential", "target_start": 0.0}, "target_start of a moving target must be > 0, got 0"),
+        ({"target_decay": 0.5}, "target_decay is of an exponential target, got 0.5 with linear"),
+        ({"target_decay": 0.5, "target": "moving"}, "target_decay is of an exponential target, got 0.5 with moving"),
+        ({"target_rates": {"a": 1.5}, "penalty": "per-gate"}, r"target_rates must lie in \[0, 1\], got 1.5 for 'a'"),
+        ({"target_rates": {"a": "all"}, "penalty": "per-gate"}, r"rates must lie in \[0, 1\], got 'all' for 'a'"),
+        ({"target_rates": [0.5]}, r"target_rates must map names of layers to rates, got \[0.5\]"),
+        ({"target_rates": {"a": 0.5}}, "target_rates are of the penalty per-gate, got them with price"),
         ({"price": -1.0}, "price must be a number >= 0, got -1"),
         ({"price": "free"}, "price must be a number >= 0, got 'free'"),
         ({"architectures": 0}, "architectures must be a whole number >= 1, got 0"),

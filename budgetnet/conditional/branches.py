@@ -70,6 +70,7 @@ class Branch(nn.Module):
         body: what is on it.
         head: decides, None where nothing is left to decide; its values are > 0 where a gate is open.
         columns: of its decisions among all gates of the network.
+        leader: name of an earlier edge whose decisions are those on this one too, in place of a head.
         own: whether the first decision is on the edge as a whole; the others are on its channel groups.
         exit: what takes it ends here.
         answers: the head looks at what the body makes of the start's value.
@@ -83,36 +84,43 @@ class Branch(nn.Module):
         head: Head | None,
         columns: Sequence[int],
         *,
+        leader: str | None,
         own: bool,
         exit: bool,
         answers: bool,
     ) -> None:
         super().__init__()
         self.name, self.body, self.head, self.own, self.exit = name, body, head, own, exit
-        self.answers = answers
+        self.answers, self.leader = answers, leader
         self.start, self.end = ends
         self.columns = tuple(columns)
         self.limits: dict[int, Limits] = {}
         """What was measured, by batch size."""
-        self.passes = body.passes and head is None
+        self.gated = head is not None or leader is not None
+        """Whether something is left to decide on it."""
+        self.passes = body.passes and not self.gated
         """Whether every value passes unchanged."""
         # bound once: looking up a part of a module takes as long as a small operation
         self.run, self._ask = body.run, None if head is None else head.one
         self._always = (body.full, None)
         self._ways: dict[Pattern, str] = {}
 
-    def one(self, x: Tensor) -> tuple[Pattern, Tensor | None] | None:
+    def one(self, x: Tensor, said: dict[str, list[float]]) -> tuple[Pattern, Tensor | None] | None:
         """How to run the edge on a single example, None where it does not take it.
 
         Args:
             x: `(1, ...)`.
+            said: by its name what each edge's head said; this one's is added.
 
         Returns:
             The channel groups to compute, and the `(1, n)` decisions where those are not what is open.
         """
-        if self._ask is None:
+        if self._ask is not None:
+            values = said[self.name] = self._ask(x)
+        elif self.leader is not None:
+            values = said[self.leader]
+        else:
             return self._always
-        values = self._ask(x)
         if self.own:
             if not values[0] > 0:
                 return None

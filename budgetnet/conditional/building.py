@@ -144,7 +144,10 @@ def branch_of(network: SuperNetwork, edge: int, units: Sequence[float], gates: S
     """An edge with what is left to decide on it."""
     columns = network.own_columns(edge)
     is_open = [place for place, column in enumerate(columns) if math.isnan(gates[column])]
-    head = narrowed_head(network.heads[str(edge)], is_open, len(columns), tau) if is_open else None
+    leader = network.leaders.get(edge) if is_open else None
+    head = None
+    if is_open and leader is None:
+        head = narrowed_head(network.heads[str(edge)], is_open, len(columns), tau)
     own = math.isnan(units[edge])
     place = {columns[column]: place - own for place, column in enumerate(is_open)}
     count = len(is_open) - own
@@ -164,6 +167,7 @@ def branch_of(network: SuperNetwork, edge: int, units: Sequence[float], gates: S
         body,
         head,
         [columns[column] for column in is_open],
+        leader=None if leader is None else network.edge_names[leader],
         own=own,
         exit=edge in network.exits,
         answers=head is not None and edge in network.answers,

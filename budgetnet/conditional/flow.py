@@ -66,6 +66,7 @@ class Flow:
         self._kept, self._readers = kept, readers
         self._places: list[int] | None = None  # of the examples that are left; None while all are
         self._values = {source: Value(x, False, readers[source])}
+        self._said: dict[str, list[list[float]]] = {}  # what each edge's head said of those that are left
 
     def enter(self, node: int, entering: Sequence[Branch], activation: nn.Module, shape: Sequence[int]) -> None:
         """Computes the value of a node: the sum of what its edges bring, then its activation.
@@ -161,14 +162,16 @@ class Flow:
     def _parts(self, edge: Branch, start: Value) -> list[Part]:
         """Who takes an edge, and how they are run."""
         decisions = None
-        if edge.head is None and start.reached is None:
+        if not edge.gated and start.reached is None:
             return [Part(edge.body.full, range(self.batch), True, None)]
         if edge.head is not None:
             if self._kept is None and start.reached is not None and not any(start.reached):
                 return []
             values = edge.head(start.tensor)
-            decisions = values.tolist()
+            decisions = self._said[edge.name] = values.tolist()
             self._note(edge, values, range(self.batch))
+        elif edge.leader is not None:
+            decisions = self._said[edge.leader]
         return edge.plan(edge.takers(decisions, start.reached, self.batch), self.batch)
 
     def _read(self, node: int) -> None:
@@ -191,6 +194,7 @@ class Flow:
         """Drops all examples but these."""
         self._places = rows if self._places is None else [self._places[row] for row in rows]
         self.batch = len(rows)
+        self._said = {name: [said[row] for row in rows] for name, said in self._said.items()}
         if not rows:
             return
         for value in self._values.values():
@@ -292,11 +296,12 @@ def run_one(
     source, sink = order[0], order[-1]
     values: dict[int, Tensor] = {source: x}  # of nodes that are reached
     positive: set[int] = set()
+    said: dict[str, list[float]] = {}
     for node in order:
         if node != source:
             total, owned, passed = None, False, None
             for edge in entering[node]:
-                if (start := values.get(edge.start)) is None or (how := edge.one(start)) is None:
+                if (start := values.get(edge.start)) is None or (how := edge.one(start, said)) is None:
                     continue
                 value, mine = (start, False) if edge.passes else edge.run(start, *how)
                 passed = edge.start if total is None and edge.passes else None
@@ -321,7 +326,7 @@ def run_one(
             if (start := values.get(node)) is None:
                 continue
             answer = edge.run(start, edge.body.full)[0] if edge.answers else None
-            how = edge.one(start if answer is None else answer)
+            how = edge.one(start if answer is None else answer, said)
             if how is not None:
                 output: Tensor = activations[sink](edge.run(start, *how)[0] if answer is None else answer)
                 return output

@@ -20,7 +20,7 @@ def still_deciding(macs: EdgeCost, network: SuperNetwork, folded: ConditionalNet
         folded: what `conditional` made of it, some gates being constants.
     """
     left: dict[int, float] = {}
-    for branch in folded.conditional_branches:
+    for branch in (branch for branch in folded.conditional_branches if branch.head is not None):
         edge = network.edge_names.index(branch.name)
         head, whole = network.heads[str(edge)], macs.per_head.get(edge, 0.0)
         left[edge] = whole

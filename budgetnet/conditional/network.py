@@ -71,7 +71,7 @@ class ConditionalNetwork(nn.Module):
     @property
     def conditional_branches(self) -> list[Branch]:
         """The edges on which something is left to decide."""
-        return [edge for edge in self.edges if edge.head is not None]
+        return [edge for edge in self.edges if edge.gated]
 
     @property
     def skipped_branches(self) -> list[Branch]:

@@ -226,6 +226,7 @@ class Writer:
 
     def __init__(self, network: ConditionalNetwork, branches: int, wide: int) -> None:
         self.network, self.branches, self.wide, self.names = network, branches, wide, count()
+        self.said: dict[str, str] = {}  # by the edge's name the tensor of what its head says
         pieces, shapes = Pieces(), network.shapes
         places: dict[tuple[str, str, Pattern | int], int] = {}
         for edge in network.edges:
@@ -379,9 +380,11 @@ class Writer:
 
     def _asked(self, scope: Scope, edge: Branch, start: Known) -> Asked:
         """Writes what decides on an edge."""
-        if edge.head is None:
+        if not edge.gated:
             return Asked(start.reached)
-        values = scope.call(self.pieces["head", edge.name, ()], [start.name])
+        if edge.leader is None:
+            self.said[edge.name] = scope.call(self.pieces["head", edge.name, ()], [start.name])
+        values = self.said[edge.leader or edge.name]
         bits = scope.node("Greater", [values, scope.constant(np.zeros((), np.float32))])
         groups, conditions = edge.body.groups, [] if start.reached is None else [start.reached]
         if not groups:

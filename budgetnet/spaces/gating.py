@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from budgetnet.checks import one_of
+from budgetnet.checks import at_least, one_of
 from budgetnet.errors import ConfigError
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.sites import ConditionalGates
@@ -33,7 +33,9 @@ class Gating:
         conditional: gates look at the input of their branch.
         logits: learned for each gate: 1, or 2 of which the difference counts (section 3.2).
         memory: the conditional gates of a branch see each other's tentative decisions (S1.3).
-        lock: identical branches share the gates of corresponding channels, at every site (S1.3).
+        lock: identical branches share the gates of corresponding channels, at every site (S1.3); those that look at
+            the input look at that of the first branch.
+        always_open: groups, the first ones, of each site that no gate closes where the branch has no shortcut (4.2).
 
     Raises:
         ConfigError: an option is outside its range, or asks something of gates that there are not.
@@ -49,8 +51,10 @@ class Gating:
     logits: int
     memory: bool
     lock: bool
+    always_open: int = 1
 
     def __post_init__(self) -> None:
+        at_least(1, always_open=self.always_open)
         one_of("gates", self.gates, ("channels", "layers", "both", "none"))
         one_of("where", self.where, tuple(ENDS))
         if self.logits not in (1, 2) or isinstance(self.logits, bool):
@@ -59,10 +63,12 @@ class Gating:
             raise ConfigError("conditional needs gates: channels, layers or both, got none")
         if self.memory and not self.conditional:
             raise ConfigError("memory is of gates that look at the input: expected conditional, got gates that do not")
-        if self.lock and self.conditional:
-            raise ConfigError("lock is of gates that do not look at the input, got conditional")
+        if self.lock and self.conditional and self.layers:
+            raise ConfigError(f"lock of gates that look at the input needs gates on channels alone, got {self.gates}")
         if self.lock and not self.channels:
             raise ConfigError(f"lock needs gates on channels: channels or both, got {self.gates}")
+        if self.always_open > 1 and not self.channels:
+            raise ConfigError(f"always_open is of gates on channels: channels or both, got {self.gates}")
 
     @property
     def channels(self) -> bool:
@@ -75,7 +81,7 @@ class Gating:
         return self.gates in ("layers", "both")
 
     def site(
-        self, name: str, channels: int, granularity: int, *, always_open: int = 0, alike: str | None = None
+        self, name: str, channels: int, granularity: int, *, shortcut: bool = True, alike: str | None = None
     ) -> list[nn.Module]:
         """The gate of that name in a branch, or nothing where none is asked for.
 
@@ -83,12 +89,13 @@ class Gating:
             name: of the site; those at the branch's ends exist where `ENDS` says.
             channels: that arrive there.
             granularity: channels a gate controls.
-            always_open: groups that no gate closes.
+            shortcut: whether an edge beside the branch remains where it is closed; else some groups stay open.
             alike: name of the branches that share the gates of this site where they are locked, None for no other.
         """
         if not self.channels or (name in ENDS["ends"] and name not in ENDS[self.where]):
             return []
         lock = f"{alike}.{name}" if self.lock and alike is not None else None
+        always_open = 0 if shortcut else self.always_open
         return [ChannelGate(channels, granularity, always_open=always_open, lock=lock, name=name)]
 
     def edge(self, start: str, end: str, layers: Sequence[nn.Module], *, shortcut: bool = True) -> Edge:

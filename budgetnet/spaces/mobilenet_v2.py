@@ -34,6 +34,7 @@ def mobilenet_v2(
     gates: str = "channels",
     granularity: Granularity = "paper",
     where: str = "ends",
+    always_open: int = 1,
     conditional: bool = False,
     logits: int = 1,
     memory: bool = False,
@@ -46,7 +47,7 @@ def mobilenet_v2(
     batch norm, the first two with ReLU6; where stride and channels allow it an identity stands beside it. The sites are
     "input" (g_inp) before it, "expanded" (g_exp) behind the depthwise convolution, so that a closed channel is neither
     expanded nor filtered nor read, and "output" (g_out) behind it. In blocks without a shortcut the
-    first group of each site has no gate and is always open, and the block itself is no choice (section 4.2). The
+    first groups of each site have no gates and are always open, and the block itself is no choice (section 4.2). The
     first block expands nothing, so that its input channels are its expanded ones: it has no site "input".
 
     Args:
@@ -58,14 +59,17 @@ def mobilenet_v2(
         gates: "channels", "layers", "both" or "none".
         granularity: channels a gate controls, one number or one for each of the seven stages; "paper": `PAPER`.
         where: the "hidden" (expanded) channels, those of the block's "output" as well, or of both its "ends".
+        always_open: groups of each site that are always open in blocks without a shortcut, at least the papers' 1.
         conditional: gates look at the input of their block.
         logits: learned for each gate, 1 or 2.
         memory: conditional gates of a block see each other's tentative decisions.
         lock: identical blocks of a stage, all but its first, share their gates, and end as identical, smaller ones.
+            Conditional gates on channels are decided by the first of these blocks.
         task: "classification".
 
     Raises:
         ConfigError: an option is outside its range.
+        GraphError: a site has fewer groups than are to stay open.
 
     Source: Sandler et al., arXiv:1801.04381; gates as in `Gating`. Differs: no dropout before the classifier.
     """
@@ -76,7 +80,15 @@ def mobilenet_v2(
     small = strides == "cifar"
     image_size = image_size if image_size is not None else 32 if small else 224
     options = {name: value for name, value in locals().items() if name in mobilenet_v2.__annotations__}
-    gating = Gating(gates=gates, where=where, conditional=conditional, logits=logits, memory=memory, lock=lock)
+    gating = Gating(
+        gates=gates,
+        where=where,
+        conditional=conditional,
+        logits=logits,
+        memory=memory,
+        lock=lock,
+        always_open=always_open,
+    )
     sizes = PAPER
     if granularity != "paper":
         sizes = tuple((size, size, size) for size in granularities(granularity, len(STAGES), "stage", paper=True))
@@ -131,16 +143,16 @@ def inverted_residual(
     """The layers of a block of `widths` (into, out), with its gates; `alike` as in `Gating.site`, None: no shortcut."""
     into, out = widths
     hidden = into * expansion
-    always_open = int(alike is None)
+    shortcut = alike is not None
     at_input, at_expanded, at_output = granularity
     layers: list[nn.Module] = []
     if expansion > 1:
-        layers += gating.site("input", into, at_input, always_open=always_open, alike=alike)
+        layers += gating.site("input", into, at_input, shortcut=shortcut, alike=alike)
         layers += conv_layers(into, hidden, kernel=1, activation=nn.ReLU6())
     layers += conv_layers(hidden, hidden, stride=stride, groups=hidden, activation=nn.ReLU6())
-    layers += gating.site("expanded", hidden, at_expanded, always_open=always_open, alike=alike)
+    layers += gating.site("expanded", hidden, at_expanded, shortcut=shortcut, alike=alike)
     layers += conv_layers(hidden, out, kernel=1)
-    return layers + gating.site("output", out, at_output, always_open=always_open, alike=alike)
+    return layers + gating.site("output", out, at_output, shortcut=shortcut, alike=alike)
 
 
 def rounded(channels: float) -> int:

@@ -58,6 +58,7 @@ def resnet(
         logits: learned for each gate, 1 or 2.
         memory: conditional gates of a block see each other's tentative decisions.
         lock: identical blocks of a group share their gates, and end as identical, smaller ones.
+            Conditional gates on channels are decided by the first of these blocks.
         shortcut: where the shape changes, "projection" (1x1 convolution and batch norm) or "identity"
             (every other pixel, and zeros for new channels).
         task: "classification".
