@@ -28,7 +28,7 @@ from budgetnet.conditional import (
     tune_fastest,
 )
 from budgetnet.costs import Function, MACs, stopwatch
-from budgetnet.costs.latency import LatencyModel
+from budgetnet.costs.latency import LatencyElsewhere, LatencyModel
 from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.errors import ConfigError, FileError
@@ -236,8 +236,10 @@ def _milliseconds(file: Path, x: Tensor) -> dict[str, Any]:
 
 
 def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:
-    """A budget beside what an architecture, `(1, G)` and `(1, U)`, costs: counted, or measured anew."""
+    """A budget beside what an architecture, `(1, G)` and `(1, U)`, costs: counted, predicted, or measured anew."""
     model = extracted(budget.model)
+    if isinstance(model, LatencyElsewhere):
+        return {**reached(budget, float(model(used)[0])), "predicted_for": model.machine}
     if not isinstance(model, MeasuredModel):
         return reached(budget, float(model(used)[0]))
     found = model.report(kept)

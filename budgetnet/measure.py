@@ -48,7 +48,8 @@ def measure_network(
         `{"costs": {"macs": 40899200, ...}, "units": {"macs": "MAC", ...}, "measured": {"latency": {"low", ...}, ...}}`,
         keys as asked; the last where something differs from call to call: "low" and "high", between which it is
         expected again, of a time "p10" and "p90", between which 8 of 10 calls took, and where that is of the machine as
-        it was "slowness": how many times as slow it is now.
+        it was "slowness": how many times as slow it is now. What another machine takes is predicted:
+        `"predicted": {text: {"processor", ..., "error"}}`.
 
     Raises:
         ConfigError: a cost is unknown or reads examples, or the architecture connects nothing.
@@ -59,17 +60,23 @@ def measure_network(
     values: dict[str, float] = {}
     units: dict[str, str] = {}
     measured: dict[str, dict[str, float]] = {}
+    predicted: dict[str, dict[str, Any]] = {}
     for text in costs:
         cost = parse_cost(text)
         if isinstance(cost, Function) and cost.of == "examples":
             raise ConfigError(f"{text} reads examples, and measure has none: evaluate measures it on test images")
-        if isinstance(cost, Latency) and cost in then:
+        if isinstance(cost, Latency) and cost.elsewhere:
+            model = cost.predicted(network)
+            value = float(model(network.used(kept))[0])
+            found, predicted[text] = Measured(value, value, value), model.machine
+        elif isinstance(cost, Latency) and cost in then:
             found = cost.compared(network, kept, then[cost])
             measured[text] = {**found.told(), "slowness": found.slowness}
         elif (found := cost_of(cost, network, kept)).low < found.high:
             measured[text] = found.told()
         values[text], units[text] = int(found.value) if found.value.is_integer() else found.value, cost.unit
-    return {"costs": values, "units": units, **({"measured": measured} if measured else {})}
+    told = {"measured": measured, "predicted": predicted}
+    return {"costs": values, "units": units, **{name: each for name, each in told.items() if each}}
 
 
 def cost_of(cost: Cost, network: SuperNetwork, kept: Tensor, *, decided: bool = False) -> Measured:

@@ -13,7 +13,7 @@ from torch import Tensor
 from budgetnet.budgets import BoundBudget, Budget, CostModel, check_reachable, cost_name
 from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel
-from budgetnet.costs.latency import LatencyModel
+from budgetnet.costs.latency import LatencyElsewhere, LatencyModel
 from budgetnet.costs.measured import LearningModel
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.inference import Forward, expected_costs, matching_threshold
@@ -33,6 +33,7 @@ from budgetnet.objectives import (
 from budgetnet.optimizers import load_optimizer, optimizer_state
 from budgetnet.options import DEFAULTS, SearchOptions
 from budgetnet.report.records import Record
+from budgetnet.report.words import foretold
 from budgetnet.runs import load_tensors
 from budgetnet.selection import check_together
 from budgetnet.sites import AlwaysOn, Fixed, Gumbel, Policy, Sample, entropy, log_prob
@@ -103,7 +104,7 @@ def prepare(
     own_rates(network, options)  # which refuses names of no gate
     with torch.no_grad():
         network.gates.reset(float(options.gate_start or 0.0))
-    if any(isinstance(budget.cost, Latency) for budget in asked):
+    if any(isinstance(budget.cost, Latency) and not budget.cost.elsewhere for budget in asked):
         say(f"timing the modules of {network.name} on this machine")
     for each in asked:
         if each.drawn:
@@ -115,6 +116,8 @@ def prepare(
         if isinstance(budget.model, LatencyModel):
             told = [f"predictions lie {100 * budget.model.error:.1f} % off in the middle", *budget.model.notes.values()]
             say(f"{budget.name}: {'; '.join(told)}")
+        if isinstance(budget.model, LatencyElsewhere):
+            say(f"{budget.name}: {foretold(budget.model.machine)}")
     if steered:
         check_steerable(network, bound, options)
     limits = check_reachable(network, bound, refuse=not begun)
@@ -438,7 +441,7 @@ class Steering:
         prices = [{"value": price.value, "accumulated": price.accumulated} for price in self.prices]
         targets = [{"value": target.value, "seen": target.seen} for target in self.targets]
         limits = [{"limit": budget.limit, "full": budget.full} for budget in self.budgets]
-        timed = [model.watch.baseline() if isinstance(model, LatencyModel) else {} for model in self._models()]
+        timed = [_timed(model) for model in self._models()]
         state = {"limits": limits, "prices": prices, "targets": targets, "starts": self.starts, "average": self.average}
         state["timed"] = timed
         return tensors, state
@@ -474,6 +477,8 @@ class Steering:
                 if min(baseline.values()) <= 0:
                     raise FileError(f"the checkpoint's milliseconds must be > 0, got {min(baseline.values()):g}")
                 cost.go_by(baseline)
+            if isinstance(cost, LatencyElsewhere) and timed.text("table") != cost.digest:
+                raise FileError(f"{cost.file} must hold the times that the run began with, got others")
         self.starts = list(record.numbers("starts"))
         self.average = None if state.get("average") is None else record.number("average")
         values = [(price.number("value"), price.number("accumulated")) for price in record.records("prices")]
@@ -504,6 +509,13 @@ class Steering:
     def _models(self) -> list[CostModel]:
         """The cost of each budget."""
         return [budget.model for budget in self.budgets]
+
+
+def _timed(model: CostModel) -> dict[str, Any]:
+    """What milliseconds are of: a machine as it was, or a table of times."""
+    if isinstance(model, LatencyModel):
+        return model.watch.baseline()
+    return {"table": model.digest} if isinstance(model, LatencyElsewhere) else {}
 
 
 def seeded(device: torch.device, seed: int, step: int) -> torch.Generator:

@@ -115,3 +115,11 @@ def python(*arguments, **given):
 
 def alone():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def clocked(monkeypatch) -> None:
+    """Latency models see the times of a `Clock`."""
+    from clock import tick
+
+    tick(monkeypatch)

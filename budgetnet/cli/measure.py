@@ -25,6 +25,7 @@ from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS
 from budgetnet.measure import DEFAULT, measure_file, measure_network
 from budgetnet.report.records import Record
+from budgetnet.report.words import foretold
 from budgetnet.runs import RunFolder
 from budgetnet.supernet import SuperNetwork
 
@@ -77,6 +78,8 @@ def measure_command(arguments: list[str]) -> None:
     Console().print(table)
     for name, spread in found.get("measured", {}).items():
         print(f"{name}: {_spread(spread, found['units'][name])}{_setting(name, Path(target))}{_then(spread)}")
+    for name, machine in found.get("predicted", {}).items():
+        print(f"{name}: {foretold(machine)}")
 
 
 def _spread(measured: dict[str, float], unit: str) -> str:

@@ -19,7 +19,7 @@ from budgetnet.console import Bars, quantity
 from budgetnet.delivery import Found
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.options import DEFAULTS, SearchOptions
-from budgetnet.report.words import slowed, slower, times_beside
+from budgetnet.report.words import foretold, slowed, slower, times_beside
 from budgetnet.search import search
 from budgetnet.weights import MEAN, STD, classifies_alike, load_torchvision, read_weights
 
@@ -135,7 +135,9 @@ def _tell(found: Found) -> None:
 
 
 def _measurement(row: dict[str, Any]) -> list[str]:
-    """What is said of a measured cost, a row of result.json's budgets: one line at most."""
+    """What is said of a measured or predicted cost, a row of result.json's budgets: one line at most."""
+    if "predicted_for" in row:
+        return [foretold(row["predicted_for"])]
     if "slowness" not in row:
         return []
     low, high, predicted, seen = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar, get_args
 
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from budgetnet.assembly import Assembler, Runtime
-from budgetnet.costs.additive import ChannelCost, EdgeCost, MACs, decided_once
-from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, openings
+from budgetnet.costs.additive import decided_once
+from budgetnet.costs.latency_fit import LatencyFit
 from budgetnet.costs.measured import Measured
 from budgetnet.costs.stopwatch import Stopwatch
-from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
+from budgetnet.costs.timetable import Setting, Timetable, Whole
 from budgetnet.errors import ConfigError, FileError
-from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.supernet import SuperNetwork
 from budgetnet.timing import quantile_share
 
@@ -43,6 +42,7 @@ class Latency:
         quantile: "median", or "p95": what 95 % of the calls stay within.
         device: "cpu", or "cuda" for torch.
         table: file of the modules' times: read where it is there, and written; "" for none.
+        elsewhere: the table is of another machine, whose milliseconds are predicted from it: nothing is timed here.
 
     Raises:
         ConfigError: an option is outside its range.
@@ -54,6 +54,7 @@ class Latency:
     quantile: str = field(default="median", metadata={"dotted": True})
     device: str = "cpu"
     table: str = field(default="", metadata={"file": True})
+    elsewhere: bool = False
     key: ClassVar[str] = "latency"
     unit: ClassVar[str] = "ms"
 
@@ -62,7 +63,7 @@ class Latency:
             raise ConfigError(f"runtime must be {', '.join(get_args(Runtime))}, got {self.runtime!r}")
         if self.device not in ("cpu", "cuda") or (self.device == "cuda" and self.runtime == "onnxruntime"):
             raise ConfigError(f"latency is measured on cpu, or of torch on cuda, got {self.runtime} on {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
+        if self.device == "cuda" and not self.elsewhere and not torch.cuda.is_available():
             raise ConfigError("latency on cuda needs a CUDA device, found none")
         for name in ("threads", "batch"):
             value = getattr(self, name)
@@ -70,6 +71,8 @@ class Latency:
                 raise ConfigError(f"{name} must be a whole number >= 1, got {value!r}")
         if not isinstance(self.table, str):
             raise ConfigError(f"table must be the path of a file as a text, got {self.table!r}")
+        if not isinstance(self.elsewhere, bool):
+            raise ConfigError(f"elsewhere must be true or false, got {self.elsewhere!r}")
         quantile_share(self.quantile)
 
     def kept_in(self, folder: Path) -> Latency:
@@ -78,12 +81,22 @@ class Latency:
         Raises:
             ConfigError: the file that was asked for has no folder to be in.
         """
+        if self.elsewhere:  # which is read only
+            return self
         if not self.table:
             where = "" if self.device == "cpu" else f"-{self.device}"
             return replace(self, table=str(folder / f"latency-{self.runtime}-{self.threads}-{self.batch}{where}.json"))
         if not Path(self.table).parent.is_dir() or Path(self.table).is_dir():
             raise ConfigError(f"a table of times is a file in a folder that is there, got {self.table!r}")
         return self
+
+    @property
+    def making(self) -> str:
+        """The command that makes its table."""
+        own = [each for each in fields(self) if each.name not in ("quantile", "elsewhere")]
+        told = ",".join(f"{each.name}={value}" for each in own if (value := getattr(self, each.name)) != each.default)
+        part = "" if self.quantile == "median" else f".{self.quantile}"
+        return f"budgetnet measure SPACE --costs 'latency{part}[{told}]'"
 
     def assembler(self, network: SuperNetwork) -> Assembler:
         """What builds this network's architectures to be timed."""
@@ -93,13 +106,16 @@ class Latency:
     def measured(self, network: SuperNetwork, kept: Tensor) -> Measured:
         """What the extracted network of an architecture, `(1, G)`, takes, as a result says it.
 
-        Nothing is predicted, but a table that was asked for is made, or added to.
+        Nothing is predicted, but a table that was asked for is made, or added to. Of another machine all is predicted.
 
         Raises:
             ConfigError: it does not connect input and output.
         """
+        if self.elsewhere:
+            value = float(self.predicted(network)(network.used(kept))[0])
+            return Measured(value, value, value)
         if self.table:
-            model = self.kept_in(Path()).bind(network)
+            model = self.kept_in(Path())._timed(network)
             model.save()
             return model.report(kept)
         return Stopwatch(self.assembler(network), self.quantile).report(kept)
@@ -108,22 +124,33 @@ class Latency:
         """As `measured`, but on the machine as it was when the full network took so many milliseconds."""
         return Stopwatch(self.assembler(network), self.quantile).compared(kept, full)
 
-    def bind(self, network: SuperNetwork) -> LatencyModel:
+    def bind(self, network: SuperNetwork) -> LatencyModel | LatencyElsewhere:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
+
+        Of another machine what its table predicts.
 
         Raises:
             ConfigError: the network has gates that look at the input: its latency is no function of what is kept.
-            FileError: the table is no such file, or holds for another machine or setting.
+            FileError: the table is no such file, holds for another machine or setting, or lacks what predictions need.
         """
+        return self.predicted(network) if self.elsewhere else self._timed(network)
+
+    def predicted(self, network: SuperNetwork) -> LatencyElsewhere:
+        """As `bind`, of another machine."""
+        decided_once("latency", network)
+        return LatencyElsewhere(network, self)
+
+    def _timed(self, network: SuperNetwork) -> LatencyModel:
+        """As `bind`, of this machine."""
         decided_once("latency", network)
         return LatencyModel(network, self)
 
 
-class LatencyModel:
-    """Latency of a network's architectures: `T(H) = w_0 + sum_g w_g S_g(H)` over kinds g of modules and sums.
+class LatencyModel(LatencyFit):
+    """Latency of a network's architectures, measured on this machine where it counts, and predicted elsewhere.
 
-    `S_g` is what the table has for all used modules of that kind. The weights are fitted to whole networks that
-    were measured, before the search and during it.
+    What the table lacks is timed. The weights are fitted to whole networks that are measured before the search and
+    during it.
 
     Args:
         network: the space.
@@ -132,21 +159,16 @@ class LatencyModel:
     Attributes:
         watch: measures whole networks.
         full: milliseconds of the full network on the machine as it is when the model is made: what percents are of.
-        error: median relative error of predictions for networks that they were not fitted to.
     """
 
-    unit = "ms"
-
     def __init__(self, network: SuperNetwork, cost: Latency) -> None:
-        self.network, self.cost, self.each_epoch = network, cost, EACH_EPOCH.get(cost.runtime, 4)
+        self.cost, self.each_epoch = cost, EACH_EPOCH.get(cost.runtime, 4)
         self.watch = Stopwatch(cost.assembler(network), cost.quantile)
         # modules by themselves are not compiled: that takes seconds each
         eager = cost.runtime == "compiled"
-        self.modules = replace(cost, runtime="torch").assembler(network) if eager else self.watch.assembler
-        channels = MACs().bind(network).channels
-        self.sites = {edge: inside for edge, inside in channels.items() if isinstance(inside, ChannelCost)}
-        self.space = self._space()
-        whole = self._read()
+        modules = replace(cost, runtime="torch").assembler(network) if eager else self.watch.assembler
+        table, whole = self._read()
+        super().__init__(network, cost.quantile, modules, table, cost.table)
         self.full = whole.value
         self._time_modules()
         self.parts = self._parts()
@@ -154,23 +176,11 @@ class LatencyModel:
         missing = NETWORKS.get(cost.runtime, 48) - known
         if missing > 0:
             self.refit(widely(network, missing, torch.Generator().manual_seed(0)), first=True)
-        else:
-            self._fit()
         if not known:
             place = self.table.networks.index(self.known[0])
             self.table.networks[place] = replace(self.known[0], seen=whole.value / self.watch.slowness)
             self.save()
-
-    def __call__(self, used: Tensor) -> Tensor:
-        """Maps `(B, U)` used units to `(B,)` float64 milliseconds, with a gradient where `used` has one."""
-        return self.base + self.times(used)
-
-    @property
-    def along_path(self) -> list[float]:
-        """What each edge and the node it enters add at least on a path of their own."""
-        source = self.network.graph.source
-        starts = [start for start, _ in self.network.graph.edges]
-        return [own + self.base * (start == source) for own, start in zip(self.times.along_path, starts, strict=True)]
+        self.fit(self.watch.slowness)
 
     @property
     def notes(self) -> dict[str, str]:
@@ -201,7 +211,7 @@ class LatencyModel:
             Whole(self.space, dict(zip(self.parts, row, strict=True)), value)
             for row, value in zip(parts, seen, strict=True)
         ]
-        self._fit()
+        self.fit(self.watch.slowness)
         if judge:
             self.error = float(np.median([abs(a / b - 1) for a, b in zip(before, seen, strict=True)]))
         self.save()
@@ -209,7 +219,7 @@ class LatencyModel:
     def go_by(self, baseline: Mapping[str, float]) -> None:
         """From now on all milliseconds are of the machine as it was at a `Stopwatch.baseline`, predicted ones too."""
         self.watch.go_by(baseline)
-        self._fit()
+        self.fit(self.watch.slowness)
 
     def save(self) -> None:
         """Writes the table to its file, once there is a folder for it, beside what others have written there."""
@@ -219,128 +229,86 @@ class LatencyModel:
                 self.table.take_up(Timetable.load(path, self.table.setting), but=self.space)
             self.table.save(path)
 
-    @property
-    def known(self) -> list[Whole]:
-        """The whole networks in the table that are of this space and quantile."""
-        return [whole for whole in self.table.networks if whole.space == self.space]
-
-    def _space(self) -> str:
-        """What tells spaces apart whose whole networks differ, and the quantile that is told of them."""
-        network, modules = self.network, self.modules
-        edges = [[*ends, modules.edge_kind(edge) if edge in modules.folded else ""]
-                 for edge, ends in enumerate(network.graph.edges)]  # fmt: skip
-        nodes = [modules.kind(network.activations[node], shape) for node, shape in enumerate(network.shapes)]
-        sites = [[site.edge, site.name, *site.sizes] for site in network.sites]
-        content = json.dumps([self.cost.quantile, edges, nodes, sites])
-        return f"{self.cost.quantile} of {network.name} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-    def _read(self) -> Measured:
+    def _read(self) -> tuple[Timetable, Measured]:
         """Takes up the table's file where there is one, and looks how fast the machine is now.
 
         Returns:
-            What the full network takes.
+            The table, and what the full network takes.
         """
         setting = Setting.here(self.cost.runtime, self.cost.threads, self.cost.batch, self.cost.device)
-        path, (full, yard) = Path(self.cost.table), self.watch.start()
-        known = self.cost.table and path.is_file()
-        self.table = Timetable.load(path, setting) if known else Timetable(setting, yard)
-        self.watch.slowness = yard / self.table.yardstick
+        path = Path(self.cost.table)
+        table = Timetable.load(path, setting) if self.cost.table and path.is_file() else None
+        full, yard = self.watch.start()
+        table = table or Timetable(setting, yard)
+        self.watch.slowness = yard / table.yardstick
         self.watch.note(self.watch.slowness)
-        return full
-
-    def _edge_kind(self, edge: int) -> str:
-        """What the table calls an edge: a module, and between which of its layers channels can be closed."""
-        kind, module = self.modules.edge_kind(edge), self.network.modules_on_edges[edge]
-        if not isinstance(module, GatedSequential):
-            return kind
-        places = [place for place, layer in enumerate(module) if isinstance(layer, ChannelGate)]
-        return f"{kind} gated at {','.join(map(str, places))}"
+        return table, full
 
     def _time_modules(self) -> None:
         """Times each kind of module that the table does not have yet."""
-        network, modules = self.network, self.modules
-        ways = {}
-        for edge in modules.edges:
-            kind, site = self._edge_kind(edge), self.sites.get(edge)
-            for bits in [torch.zeros(0)] if site is None else openings(site):
-                key = "" if site is None else counts_key(bits, site)
-                if key not in self.table.times.get(kind, {}):
-                    ways[kind, key] = modules.alone(edge, bits)
-        for node in modules.nodes:
-            kind = modules.kind(network.activations[node], network.shapes[node])
-            if kind not in self.table.times:
-                ways[kind, ""] = modules.activation(node)
-        for node, entering in enumerate(network.graph.incoming):
-            kind = addition_kind(network, node)
-            if len(entering) > 1 and kind not in self.table.times:
-                ways[kind, ""] = modules.addition(node)
+        ways = {named: build() for named, build in self.missing().items()}
         if ways:
             watch = self.watch
-            if modules is not watch.assembler:
-                watch = Stopwatch(modules, "median")
+            if self.modules is not watch.assembler:
+                watch = Stopwatch(self.modules, "median")
                 watch.start()
-            (*found, nothing), slowness = watch.quickly([*ways.values(), modules.nothing()], ALONE_CALLS, first=True)
+            alone = [*ways.values(), self.modules.nothing()]
+            (*found, nothing), slowness = watch.quickly(alone, ALONE_CALLS, first=True)
             for (kind, key), timing in zip(ways, found, strict=True):
                 spent = max(timing.quantile(0.5) - nothing.quantile(0.5), 1e-6)
                 self.table.times.setdefault(kind, {})[key] = spent / slowness / self.watch.slowness
 
-    def _parts(self) -> dict[str, EdgeCost]:
-        """The table's milliseconds of what is used, for each kind."""
-        network, modules, times = self.network, self.modules, self.table.times
-        edges, nodes = len(network.graph.edges), len(network.graph.nodes)
-        found: dict[str, EdgeCost] = {}
 
-        def part(kind: str) -> EdgeCost:
-            none, still = torch.zeros(edges, dtype=torch.float64), torch.zeros(nodes, dtype=torch.float64)
-            empty = EdgeCost(network.graph, none, still, still.clone(), "ms", dict[int, ChannelTime]())
-            return found.setdefault(kind, empty)
+class LatencyElsewhere(LatencyFit):
+    """Latency of a network's architectures on another machine, as its table predicts it: nothing is timed here.
 
-        for edge in modules.edges:
-            kind, site = self._edge_kind(edge), self.sites.get(edge)
-            cost = part(kind)
-            if site is None:
-                cost.per_edge[edge] = times[kind][""]
-            else:
-                inside = channel_time(site, times[kind])
-                cost.channels[edge] = inside  # type: ignore[index]
-                cost.per_edge[edge] = float(inside(torch.ones(1, network.units))[0])
-        for node in modules.nodes:
-            kind = modules.kind(network.activations[node], network.shapes[node])
-            part(kind).per_node[node] = times[kind][""]
-        for node, entering in enumerate(network.graph.incoming):
-            if len(entering) > 1:
-                part(addition_kind(network, node)).per_addition[node] = times[addition_kind(network, node)][""]
-        return found
+    A cost that is counted, then: what is predicted is what there is, and limits hold for it.
 
-    def _fit(self) -> None:
-        """Weighs the kinds by the whole networks that were measured."""
-        names, self.fitted_at = list(self.parts), self.watch.slowness
-        try:
-            parts = np.array([[whole.parts[name] for name in names] for whole in self.known])
-        except KeyError as error:
-            raise FileError(f"{self.cost.table} must have all parts of the networks it knows, lacks {error}") from error
-        weights, self.error = fitted(parts, np.array([whole.seen for whole in self.known]))
-        weights = weights * self.fitted_at
-        self.base = float(weights[0])
-        pairs = list(zip(self.parts.values(), weights[1:], strict=True))
+    Args:
+        network: the space.
+        cost: with the table.
 
-        def total(name: str) -> Tensor:
-            return torch.stack([getattr(part, name) * float(weight) for part, weight in pairs]).sum(dim=0)
+    Attributes:
+        full: milliseconds of the full network on that machine as its table was made: what percents are of.
 
-        channels = {
-            edge: inside.scaled(float(weight))
-            for part, weight in pairs
-            for edge, inside in part.channels.items()
-            if isinstance(inside, ChannelTime)
-        }
-        self.times = EdgeCost(
-            self.network.graph, total("per_edge"), total("per_addition"), total("per_node"), "ms", channels
-        )
+    Raises:
+        ConfigError: there is no table.
+        FileError: the table is no such file, is of another runtime, of other threads or another batch, or lacks whole
+            networks of the space or times of its modules.
+    """
 
+    def __init__(self, network: SuperNetwork, cost: Latency) -> None:
+        if not cost.table:
+            raise ConfigError("elsewhere=true needs the table of another machine: latency[table=FILE,elsewhere=true]")
+        setting = Setting.anywhere(cost.runtime, cost.threads, cost.batch)
+        table = Timetable.load(Path(cost.table), setting, elsewhere=True)
+        modules = Assembler(network, runtime="torch", threads=1, batch=1, device="cpu")  # to name them: none is built
+        super().__init__(network, cost.quantile, modules, table, cost.table)
+        needed, where = NETWORKS.get(cost.runtime, 48), f"`{cost.making}` makes them on {table.setting.processor}"
+        if len(self.known) < needed:
+            raise FileError(
+                f"{cost.table} must hold {needed} whole networks of this {network.name} to predict from, "
+                f"{cost.quantile} of the calls, has {len(self.known)}: {where}"
+            )
+        if missing := self.missing():
+            kind, key = next(iter(missing))
+            told = f"{kind}, {key} channels" if key else kind
+            raise FileError(f"{cost.table} lacks times of modules of {network.name}, such as {told}: {where}")
+        self.parts = self._parts()
+        self.fit()
+        self.full = self.known[0].seen
 
-def addition_kind(network: SuperNetwork, node: int) -> str:
-    """What the table calls the sum of two values of a node's shape."""
-    return f"sum on {'x'.join(map(str, network.shapes[node]))}"
+    @property
+    def machine(self) -> dict[str, str | int | float]:
+        """What is predicted, as in result.json: processor, runtime and setting, with "full" and "error"."""
+        return {**asdict(self.table.setting), "full": self.full, "error": self.error}
+
+    @property
+    def digest(self) -> str:
+        """What predictions come from, for a run to know it again."""
+        own = {kind: self.table.times[kind] for kind in self.parts}
+        content = json.dumps([own, [[whole.parts, whole.seen] for whole in self.known]], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def widely(network: SuperNetwork, count: int, generator: torch.Generator) -> Tensor:

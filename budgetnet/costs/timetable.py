@@ -20,6 +20,9 @@ FORMAT = "budgetnet times of modules, 2"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of these the one that predicts best what was left out is taken."""
 
+OF_MACHINE = ("version", "processor")
+"""What times hold for that is not asked for but found."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -45,6 +48,11 @@ class Setting:
         version = onnxruntime.__version__ if runtime == "onnxruntime" else torch.__version__
         name = torch.cuda.get_device_name() if device == "cuda" else processor()
         return cls(runtime=runtime, version=version, processor=name, threads=threads, batch=batch)
+
+    @classmethod
+    def anywhere(cls, runtime: str, threads: int, batch: int) -> Setting:
+        """On whatever machine."""
+        return cls(runtime=runtime, version="", processor="", threads=threads, batch=batch)
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,13 @@ class Timetable:
         replace(path, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
-    def load(cls, path: Path, setting: Setting) -> Timetable:
+    def load(cls, path: Path, setting: Setting, *, elsewhere: bool = False) -> Timetable:
         """Reads a file.
+
+        Args:
+            path: of the file.
+            setting: that it has to be of.
+            elsewhere: whatever its machine and the version of the runtime there.
 
         Raises:
             FileError: it is no such file, or of another machine, runtime or setting.
@@ -123,8 +136,12 @@ class Timetable:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FileError(f"{path} must hold times of modules that budgetnet wrote, got {error}") from error
         for name, value in vars(setting).items():
-            if getattr(found, name) != value:
-                raise FileError(f"{path} holds times for {name} {getattr(found, name)}, but here it is {value}")
+            if getattr(found, name) == value or (elsewhere and name in OF_MACHINE):
+                continue
+            told = f"but {value} was asked for" if elsewhere else f"but here it is {value}"
+            if name in OF_MACHINE:
+                told += f": latency[table={path},elsewhere=true] predicts what networks take there, and times nothing"
+            raise FileError(f"{path} holds times for {name} {getattr(found, name)}, {told}")
         return table
 
 

@@ -22,7 +22,7 @@ from budgetnet.report.network import Drawing, draw, shares
 from budgetnet.report.quantities import MISSING, duration, exact, percent, share, si
 from budgetnet.report.run import Quality, Run
 from budgetnet.report.schedule import gantt
-from budgetnet.report.words import headline, outcomes, quality, slowed, slower, times_beside, verdict
+from budgetnet.report.words import foretold, headline, outcomes, quality, slowed, slower, times_beside, verdict
 
 
 def write(run: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -87,6 +87,9 @@ def section(run: Run) -> dict[str, Any]:
         "verdict": verdict(run),
         "budgets": rows,
         "measured": [each for each in result.budgets if each.low is not None] if result else [],
+        "predicted": [(each.cost, foretold(each.predicted_for)) for each in result.budgets if each.predicted_for]
+        if result
+        else [],
         "drawing": draw(architecture, *_cut(run)) if architecture and architecture.nodes else None,
         "cuts": run.cuts,
         "plans": [(plan, gantt(plan, architecture)) for plan in run.plans if plan.tasks] if architecture else [],

@@ -108,6 +108,7 @@ class Outcome:
     error: float | None = None  # median relative error of predictions for networks they were not fitted to
     unsure: bool = False  # whether the limit lies within the noise of the measurement
     notes: tuple[str, ...] = ()  # what was noticed while it was measured
+    predicted_for: dict[str, Any] | None = None  # of one that was predicted: the other machine
 
     @property
     def kept(self) -> bool:
@@ -161,6 +162,7 @@ class Result:
                     **{key: budget.maybe_number(key) for key in ("low", "high", "predicted", "slowness", "error")},
                     unsure="noise" in budget.values and budget.flag("noise"),
                     notes=tuple(budget.texts("notes")) if "notes" in budget.values else (),
+                    predicted_for=_machine(budget),
                 )
                 for budget in record.records("budgets")
             ),
@@ -274,6 +276,13 @@ def _check_activation(file: Path, epochs: tuple[Epoch, ...], architecture: Archi
                 f'{file}, epoch {epoch.epoch}: "activation" must name the gated edges and sites of '
                 f"architecture.json, {differing[0]!r} is in one and not in the other"
             )
+
+
+def _machine(budget: Record) -> dict[str, Any] | None:
+    if (record := budget.maybe_record("predicted_for")) is None:
+        return None
+    texts = {key: record.text(key) for key in ("processor", "runtime", "version")}
+    return texts | {key: record.whole(key) for key in ("threads", "batch")} | {"error": record.number("error")}
 
 
 def _validation(candidate: Record) -> float | None:

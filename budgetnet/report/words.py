@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from budgetnet.budgets import plural
 from budgetnet.report.quantities import MINUS, MISSING, apart, percent, share
@@ -124,6 +125,16 @@ def slowed(slowness: float, seen: str) -> str:
     if slowness <= 1.005:
         return ""
     return f"{seen} was seen, on a machine {slowness:.2f} times as slow as when the search began"
+
+
+def foretold(machine: Mapping[str, Any]) -> str:
+    """For which processor a latency was predicted, and how well: `predicted_for` of result.json."""
+    threads = f"{machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}"
+    return (
+        f"predicted for {machine['processor']} ({machine['runtime']} {machine['version']}, {threads}, "
+        f"batch of {machine['batch']}) from its table of times, not measured; half of the predictions for networks "
+        f"that were not known before lay within {percent(machine['error'])}"
+    )
 
 
 def slower(ratios: Mapping[str, float]) -> str:
