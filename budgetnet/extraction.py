@@ -36,10 +36,8 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
     Raises:
         ConfigError: the architecture does not connect input and output.
     """
-    whole = network.used(kept)
+    whole = connected(network, kept)
     used = whole[0].bool().tolist()
-    if not bool(network.connects(whole)[0]):
-        raise ConfigError("an architecture to extract must connect input and output, got one that does not")
     graph, modules = fx.Graph(), nn.Module()
 
     def free(name: str) -> str:
@@ -94,6 +92,18 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
     graph.output(values[network.graph.sink])
     plain = fx.GraphModule(modules, graph, class_name="ExtractedNetwork")
     return plain.train(network.training)
+
+
+def connected(network: SuperNetwork, kept: Tensor) -> Tensor:
+    """The units that an architecture, `(1, G)`, uses, `(1, U)`.
+
+    Raises:
+        ConfigError: it does not connect input and output.
+    """
+    used = network.used(kept)
+    if not bool(network.connects(used)[0]):
+        raise ConfigError("an architecture to extract must connect input and output, got one that does not")
+    return used
 
 
 def fold_batch_norm(network: Plain) -> Plain:

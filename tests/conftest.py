@@ -106,6 +106,37 @@ def unfinished(runs, tmp_path):
     return shutil.copytree(runs.unfinished, tmp_path / "run")
 
 
+@pytest.fixture
+def no_exports(monkeypatch):
+    """What is handed over is neither written nor timed: that takes seconds, and has tests of its own."""
+    from budgetnet import delivery
+
+    networks: dict[Path, torch.nn.Module] = {}
+
+    def written(network, paths, _):
+        networks.update(dict.fromkeys(paths, network))
+        return paths
+
+    def fastest(network, path, _):
+        networks[path] = network
+        return {"groups": "branches", "ms": {}}
+
+    monkeypatch.setattr(delivery, "export_all", written)
+    monkeypatch.setattr(delivery, "export_fastest", fastest)
+    monkeypatch.setattr(delivery, "load_file", networks.__getitem__)
+    monkeypatch.setattr(delivery, "file_latency", lambda *_, **__: dict.fromkeys(("median", "p10", "p90"), 1.0))
+    monkeypatch.setattr(delivery, "beside", lambda *_: {"torch 1": 1.0, "onnxruntime 1": 1.0})
+    monkeypatch.setattr(delivery, "tune_fastest", lambda *_: None)
+
+
+@pytest.fixture
+def no_files(no_exports, monkeypatch):
+    """Nor is there a page."""
+    from budgetnet import report
+
+    monkeypatch.setattr(report, "write", lambda _: None)
+
+
 def python(*arguments, **given):
     """Runs this Python on one thread, so that the bits it computes can be compared."""
     return subprocess.run(

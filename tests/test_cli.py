@@ -275,6 +275,7 @@ def test_a_space_of_ones_own_may_hold_dataclasses_and_is_not_read_for_each_of_it
     assert Path("read").read_text() == "once once "  # for the flags, and for what they say
 
 
+@pytest.mark.usefixtures("no_files")
 def test_several_budgets_and_targets_are_all_met(tmp_path, say, capsys):
     budgets = ["--budget", "macs~=60%", "--budget", "params<=95%", "--budget", "steps[workers=2]<=12"]
     command = [
@@ -300,6 +301,7 @@ def test_several_budgets_and_targets_are_all_met(tmp_path, say, capsys):
     assert abs(found["budgets"][0]["value"] / found["budgets"][0]["limit"] - 1) <= 0.05
 
 
+@pytest.mark.usefixtures("no_files")
 def test_a_named_architecture_is_trained_without_a_search(tmp_path, say):
     small = ["--space.width", "1", "--space.channels", "4", "--out", tmp_path / "run"]
     found = say("search", *QUICK, *small, "--architecture", "resnet")
@@ -308,6 +310,7 @@ def test_a_named_architecture_is_trained_without_a_search(tmp_path, say):
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["phase"] == "finetune"
 
 
+@pytest.mark.usefixtures("no_exports")
 def test_a_search_from_python_without_a_command_is_reported(tmp_path):
     import budgetnet as bn
 
@@ -328,6 +331,7 @@ def test_a_diverging_loss_ends_with_one_line_and_the_run_kept(tmp_path, capsys):
     assert (tmp_path / "run" / "options.json").is_file()
 
 
+@pytest.mark.usefixtures("no_files")
 def test_an_interrupted_run_goes_on_to_the_same_network(runs, unfinished, monkeypatch, capsys):
     """The stopped run had one step to go; it ends where the run that was never stopped did."""
     steps, step = [], training.Learner.step
@@ -542,6 +546,7 @@ def test_what_cannot_be_folded_is_said_in_one_line(conditional, runs, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("no_files")
 def test_a_search_starts_from_weights_with_a_classifier_of_its_own(tmp_path, say):
     """Three classes where the weights have seven: all but the last layer is theirs, and how pixels are seen."""
     for part, kind, number in product(("train", "val", "test"), "abc", range(8)):
@@ -565,6 +570,7 @@ def test_a_search_starts_from_weights_with_a_classifier_of_its_own(tmp_path, say
     assert (seen["mean"], seen["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
+@pytest.mark.usefixtures("no_files")
 def test_what_a_resumed_run_lacks_and_how_data_are_divided_is_told(tmp_path, capsys):
     short = ["search", *SMALL, "--out", str(tmp_path / "run")]
     assert cli.main([*short, "--resume"]) == 0

@@ -357,6 +357,7 @@ def test_a_longer_run_that_is_killed_ten_times_ends_in_the_same_bits(tmp_path):
     same_end(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("no_files")
 def test_a_search_with_gates_that_look_at_the_input_goes_on_in_the_same_bits(tmp_path, monkeypatch):
     """Stopped within each of its two epochs of search, and taken up with other weights to begin with."""
     digits, step = data.load("digits").subset(256, seed=0), Learner.step
