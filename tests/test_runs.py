@@ -30,15 +30,23 @@ from budgetnet.training import Learner, Sums
 
 EVERY_BATCH = """
 import sys, budgetnet.session as session
+from budgetnet import delivery
 from budgetnet.cli import main
 
 def take_up(self, mark=sys.argv.pop(1), before=session.Session.take_up):
     before(self)
     open(mark, "w").close()
 
+def export_all(network, paths, x, export_all=delivery.export_all):
+    return [*export_all(network, [path for path in paths if path.suffix == ".pt2"], x), *paths[:1]]
+
+def load_file(path, load=delivery.load_file):
+    return load(path.with_suffix(".pt2"))
+
 session.CHECKPOINT_SECONDS, session.Session.take_up = -1, take_up
+delivery.export_all, delivery.load_file, delivery.file_latency = export_all, load_file, lambda *_, **__: {}
 sys.exit(main())
-"""  # says when it begins to compute; where a checkpoint falls changes no result
+"""  # says when it begins to compute, and writes no .onnx file; where a checkpoint falls changes no result
 
 
 class Crash(BaseException):
