@@ -17,7 +17,8 @@ import torch
 
 SMALL = [
     *("--data", "digits", "--train_images", "256", "--space.width", "1", "--space.channels", "4"),
-    *("--epochs", "3", "--warmup", "0.34", "--finetune", "0.33", "--budget", "macs<=60%"),
+    *("--epochs", "3", "--warmup", "0.34", "--finetune", "0.33", "--candidates", "4", "--recalibration", "2"),
+    *("--budget", "macs<=60%"),
 ]
 """Two batches in each of three epochs: one to warm up, one to search, one to fine-tune."""
 

@@ -771,7 +771,7 @@ def test_a_network_that_does_not_keep_its_limit_is_handed_over_and_the_status_sa
     report = DrawnModel.report
     monkeypatch.setattr(DrawnModel, "report", lambda model, kept: report(model, kept).slower(1 / 9))
     space = bn.spaces.resnet_fabric(width=1, channels=4, image_size=8, in_channels=1)
-    options = bn.SearchOptions(epochs=3, warmup=0.34, finetune=0.33, candidates=2)
+    options = bn.SearchOptions(epochs=3, warmup=0.34, finetune=0.33, candidates=2, recalibration=2)
     data, budget = bn.data.load("digits").subset(256, seed=0), f"{file}:weight<=60%"
     found = bn.search(space, data, [budget], options, out="run")
     assert not found.result["budgets"][0]["met"]

@@ -44,7 +44,8 @@ def load_file(path, load=delivery.load_file):
     return load(path.with_suffix(".pt2"))
 
 session.CHECKPOINT_SECONDS, session.Session.take_up = -1, take_up
-delivery.export_all, delivery.load_file, delivery.file_latency = export_all, load_file, lambda *_, **__: {}
+delivery.export_all, delivery.load_file = export_all, load_file
+delivery.file_latency = lambda *_, **__: dict.fromkeys(("median", "p10", "p90"), 1.0)
 sys.exit(main())
 """  # says when it begins to compute, and writes no .onnx file; where a checkpoint falls changes no result
 
