@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from budgetnet.errors import ConfigError
 from budgetnet.export import onnx_session
-from budgetnet.extraction import extract, fold_batch_norm
+from budgetnet.extraction import connected, extract, fold_batch_norm
 from budgetnet.gated import GatedSequential, contiguous
 from budgetnet.onnx_pieces import Piece, Pieces, Scope
 from budgetnet.shapes import Shape
@@ -120,8 +120,10 @@ class Assembler:
         Raises:
             ConfigError: it does not connect input and output.
         """
-        plain = fold_batch_norm(extract(self.network, kept))
-        return self._run(plain, self.network.input_shape, lambda scope, value: self._whole(scope, value, kept))
+        shape, used = self.network.input_shape, connected(self.network, kept)
+        if self.runtime == "onnxruntime":  # which is written from the modules as they were folded at first
+            return self._session(shape, lambda scope, value: self._whole(scope, value, used))
+        return self._module(fold_batch_norm(extract(self.network, kept)), shape)
 
     def onnx_model(self, kept: Tensor) -> onnx.ModelProto:
         """What `whole` runs in onnxruntime: the graph of a file by `export`, of the network as it was at first.
@@ -129,7 +131,7 @@ class Assembler:
         Modules whose channels have gates have the weights that they have now.
         """
         shape = (self.batch, *self.network.input_shape)
-        return self._model(shape, lambda scope, value: self._whole(scope, value, kept))
+        return self._model(shape, lambda scope, value: self._whole(scope, value, self.network.used(kept)))
 
     def times(self, ways: Sequence[Run], calls: int, seconds: float = 0.0) -> list[Timing]:
         """Times what was built, in turns, with the threads that were asked for, for so many seconds at least."""
@@ -151,21 +153,28 @@ class Assembler:
             raise ConfigError(f"{self.runtime} cannot run {self.network.name}, batch {self.batch}: {said}") from error
 
     def _run(self, module: nn.Module, shape: Shape, write: Callable[[Scope, str], str]) -> Run:
-        with self._told():
-            example = torch.randn(self.batch, *shape)
-        if self.runtime == "onnxruntime":
-            session = onnx_session(self._model(example.shape, write).SerializeToString(), self.threads)
-            feed = {"x": example.numpy()}
-            return lambda: session.run(None, feed)
+        return self._session(shape, write) if self.runtime == "onnxruntime" else self._module(module, shape)
+
+    def _session(self, shape: Shape, write: Callable[[Scope, str], str]) -> Run:
+        example = self._example(shape)
+        session = onnx_session(self._model(example.shape, write).SerializeToString(), self.threads)
+        feed = {"x": example.numpy()}
+        return lambda: session.run(None, feed)
+
+    def _module(self, module: nn.Module, shape: Shape) -> Run:
+        example = self._example(shape).to(self.device)
         module = contiguous(copy.deepcopy(module)).to(self.device).eval()
         run = torch.compile(module) if self.runtime == "compiled" else module
-        example = example.to(self.device)
 
         def call() -> object:
             with torch.inference_mode():
                 return run(example)
 
         return call
+
+    def _example(self, shape: Shape) -> Tensor:
+        with self._told():
+            return torch.randn(self.batch, *shape)
 
     def _model(self, shape: Sequence[int], write: Callable[[Scope, str], str]) -> onnx.ModelProto:
         scope = Scope(count())
@@ -179,9 +188,9 @@ class Assembler:
         """A model of a graph in the version that the pieces are written in."""
         return next(iter(self.pieces.values())).model(graph)
 
-    def _whole(self, scope: Scope, value: str, kept: Tensor) -> str:
+    def _whole(self, scope: Scope, value: str, used: Tensor) -> str:
         """Writes the network that `extract` gives: the same modules, gathers, scatters and sums."""
-        network, used = self.network, self.network.used(kept)
+        network = self.network
         values = {network.graph.source: value}
         for node in network.graph.order:
             total: str | None = None

@@ -33,7 +33,7 @@ from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.evaluation import evaluate, recalibrate
-from budgetnet.export import difference, export, file_latency
+from budgetnet.export import difference, export_all, file_latency
 from budgetnet.export import load as load_file
 from budgetnet.extraction import count, extract, fold_batch_norm, state_bytes
 from budgetnet.gated import contiguous
@@ -53,6 +53,10 @@ TUNED, REPEATS = (1, 16, 64), 7
 
 TIMED = 8
 """Validation images on which the ways to write a file are timed."""
+
+
+FILES = ("network.onnx", "network.pt2")
+"""Of a network that is decided once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +137,7 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     contiguous(supernet)
     x = next(iter(session.test.epoch(0)))[0].cpu()
     folded = fold_batch_norm(plain)
-    files = {kind: export(folded, session.run.path / f"network.{kind}", x[:1]) for kind in ("onnx", "pt2")}
+    files = {path.suffix[1:]: path for path in export_all(folded, [session.run.path / name for name in FILES], x[:1])}
     equivalence = {"extracted": difference(lambda x: supernet.run(x, used), plain, x)}
     equivalence |= {kind: difference(plain, load_file(path), x) for kind, path in files.items()}
     return (

@@ -10,7 +10,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -55,26 +55,36 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
     Raises:
         ConfigError: the ending is another, or torch's exporter cannot write a layer; the file is then as it was.
     """
-    path = Path(path)
-    kind = path.suffix.removeprefix(".")
-    if kind not in FORMATS:
-        raise ConfigError(f"a network is exported to a .onnx or .pt2 file, got {path.name!r}")
+    return export_all(network, [path], example)[0]
+
+
+def export_all(network: nn.Module, paths: Sequence[str | Path], example: Tensor) -> list[Path]:
+    """Writes a plain network to several files as `export` does one, and has torch follow its layers once for all.
+
+    Raises:
+        ConfigError: as `export`; all files are then as they were.
+    """
+    files = [Path(path) for path in paths]
+    for path in files:
+        if path.suffix.removeprefix(".") not in FORMATS:
+            raise ConfigError(f"a network is exported to a .onnx or .pt2 file, got {path.name!r}")
     example = torch.cat([example, example])[:2].cpu().float()  # a free batch size needs an example of two
     # channels last would be written into the graph, as strides
     network = contiguous(copy.deepcopy(network)).cpu().eval()
-    with exporting(f"the network cannot be written to {path.name}"):
+    with exporting(f"the network cannot be written to {' and '.join(path.name for path in files)}"):
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
         told: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamo": True, "verbose": False}
-        done = torch.onnx.export(program, (), **told) if kind == "onnx" else None
-    with aside(path) as part, quiet():
-        if done is not None:
-            part.write_bytes(compacted(done.model_proto, network.state_dict()).SerializeToString())
-        else:
-            with part.open("wb") as file:
-                torch.export.save(program, file)
-    return path
+        written = [torch.onnx.export(program, (), **told) if path.suffix == ".onnx" else None for path in files]
+    for path, done in zip(files, written, strict=True):
+        with aside(path) as part, quiet():
+            if done is not None:
+                part.write_bytes(compacted(done.model_proto, network.state_dict()).SerializeToString())
+            else:
+                with part.open("wb") as file:
+                    torch.export.save(program, file)
+    return files
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import OrderedDict
 from math import prod
 from operator import add
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +21,9 @@ from budgetnet.shapes import evaluating
 from budgetnet.supernet import SuperNetwork
 
 Plain = TypeVar("Plain", bound=nn.Module)
+
+QUICK = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.Upsample, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+"""Layers whose attributes are all that there is to them."""
 
 
 def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
@@ -36,10 +40,8 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
     Raises:
         ConfigError: the architecture does not connect input and output.
     """
-    whole = network.used(kept)
+    whole = connected(network, kept)
     used = whole[0].bool().tolist()
-    if not bool(network.connects(whole)[0]):
-        raise ConfigError("an architecture to extract must connect input and output, got one that does not")
     graph, modules = fx.Graph(), nn.Module()
 
     def free(name: str) -> str:
@@ -52,7 +54,7 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
         if isinstance(module, nn.Identity):
             return value
         place = free(name)
-        modules.add_module(place, copy.deepcopy(module))
+        modules.add_module(place, duplicate(module, {}))
         return graph.call_module(place, (value,))
 
     def select(name: str, value: fx.Node, channels: Tensor) -> fx.Node:
@@ -94,6 +96,41 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
     graph.output(values[network.graph.sink])
     plain = fx.GraphModule(modules, graph, class_name="ExtractedNetwork")
     return plain.train(network.training)
+
+
+def duplicate(module: nn.Module, known: dict[int, Any]) -> nn.Module:
+    """What `copy.deepcopy` gives, of layers in `QUICK` in a fifth of the time: an architecture has dozens.
+
+    Args:
+        module: stays as it is.
+        known: what was copied before, as the second argument of `copy.deepcopy`.
+    """
+    if type(module) not in QUICK or id(module) in known:
+        return copy.deepcopy(module, known)
+    known[id(module)] = twin = type(module).__new__(type(module))
+    for name, value in vars(module).items():
+        if name == "_modules":
+            new: Any = {key: part if part is None else duplicate(part, known) for key, part in value.items()}
+        elif value is None or type(value) in (bool, int, float, str):
+            new = value
+        elif type(value) in (dict, OrderedDict, set) and not value:  # hooks, of which there mostly are none
+            new = type(value)()
+        else:
+            new = copy.deepcopy(value, known)
+        vars(twin)[name] = new
+    return twin
+
+
+def connected(network: SuperNetwork, kept: Tensor) -> Tensor:
+    """The units that an architecture, `(1, G)`, uses, `(1, U)`.
+
+    Raises:
+        ConfigError: it does not connect input and output.
+    """
+    used = network.used(kept)
+    if not bool(network.connects(used)[0]):
+        raise ConfigError("an architecture to extract must connect input and output, got one that does not")
+    return used
 
 
 def fold_batch_norm(network: Plain) -> Plain:

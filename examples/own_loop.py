@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import budgetnet as bn
 
-EPOCHS = 20
+EPOCHS = 10
 torch.manual_seed(0)
 images, classes = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
 data = TensorDataset(images.float().reshape(-1, 1, 8, 8) / 8 - 1, classes)

@@ -17,7 +17,8 @@ import torch
 
 SMALL = [
     *("--data", "digits", "--train_images", "256", "--space.width", "1", "--space.channels", "4"),
-    *("--epochs", "3", "--warmup", "0.34", "--finetune", "0.33", "--budget", "macs<=60%"),
+    *("--epochs", "3", "--warmup", "0.34", "--finetune", "0.33", "--candidates", "4", "--recalibration", "2"),
+    *("--budget", "macs<=60%"),
 ]
 """Two batches in each of three epochs: one to warm up, one to search, one to fine-tune."""
 
@@ -104,6 +105,37 @@ def finished(runs, tmp_path):
 def unfinished(runs, tmp_path):
     """A copy of the run that was stopped."""
     return shutil.copytree(runs.unfinished, tmp_path / "run")
+
+
+@pytest.fixture
+def no_exports(monkeypatch):
+    """What is handed over is neither written nor timed: that takes seconds, and has tests of its own."""
+    from budgetnet import delivery
+
+    networks: dict[Path, torch.nn.Module] = {}
+
+    def written(network, paths, _):
+        networks.update(dict.fromkeys(paths, network))
+        return paths
+
+    def fastest(network, path, _):
+        networks[path] = network
+        return {"groups": "branches", "ms": {}}
+
+    monkeypatch.setattr(delivery, "export_all", written)
+    monkeypatch.setattr(delivery, "export_fastest", fastest)
+    monkeypatch.setattr(delivery, "load_file", networks.__getitem__)
+    monkeypatch.setattr(delivery, "file_latency", lambda *_, **__: dict.fromkeys(("median", "p10", "p90"), 1.0))
+    monkeypatch.setattr(delivery, "beside", lambda *_: {"torch 1": 1.0, "onnxruntime 1": 1.0})
+    monkeypatch.setattr(delivery, "tune_fastest", lambda *_: None)
+
+
+@pytest.fixture
+def no_files(no_exports, monkeypatch):
+    """Nor is there a page."""
+    from budgetnet import report
+
+    monkeypatch.setattr(report, "write", lambda _: None)
 
 
 def python(*arguments, **given):

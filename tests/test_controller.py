@@ -237,13 +237,12 @@ def test_the_gradients_are_those_of_the_engine_on_the_same_batch():
     assert ours[-1] is not None
 
 
-def test_the_loop_reaches_and_keeps_a_budget_on_digits():
+def test_the_loop_reaches_and_keeps_a_budget_on_digits(capsys):
     """The example as it stands: plain PyTorch, with an optimiser, a schedule and batches of its own."""
-    process = subprocess.run(
-        [sys.executable, ROOT / "examples" / "own_loop.py"], env=alone(), capture_output=True, text=True, check=True
-    )
-    *lines, last = process.stdout.strip().splitlines()
-    assert process.stderr == ""
+    runpy.run_path(str(ROOT / "examples" / "own_loop.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    *lines, last = out.strip().splitlines()
+    assert err == ""
     assert list(dict.fromkeys(line.split()[1] for line in lines)) == ["warmup", "search", "choose", "finetune"]
     accuracy, macs, limit = (float(word.replace(",", "")) for word in last.split() if word[0].isdigit())
     assert accuracy > 0.95
@@ -379,19 +378,31 @@ def test_batches_set_the_norms_of_candidates_and_of_what_is_chosen():
     assert all(torch.equal(value, other.steering.network.state_dict()[key]) for key, value in before.items())
 
 
-@pytest.mark.parametrize("stop", [1, 4, 8])
-def test_a_loop_that_is_taken_up_again_ends_in_the_same_weights(stop, tmp_path):
-    """In each phase, through a file that holds no code."""
+def on(one: bn.Controller, optimizer: torch.optim.Optimizer, end: int) -> None:
+    """Goes on with a loop up to a step."""
+    while one.steps < end:
+        if one.phase == "choose":
+            one.choose(small, [batch(1)])
+        step(one, optimizer, one.steps)
 
-    def on(one: bn.Controller, optimizer: torch.optim.Optimizer, end: int) -> None:
-        while one.steps < end:
-            if one.phase == "choose":
-                one.choose(small, [batch(1)])
-            step(one, optimizer, one.steps)
 
+def measuring() -> bn.Controller:
     own = bn.Budget(bn.costs.Function(lambda network: sum(p.numel() for p in network.parameters())), at_most="60%")
-    whole, first, second = (controller(fabric, own) for _ in range(3))
-    on(whole, sgd(whole), 10)
+    return controller(fabric, own)
+
+
+@pytest.fixture(scope="module")
+def whole() -> bn.Controller:
+    """A loop that went to its end; leave it as it is."""
+    one = measuring()
+    on(one, sgd(one), 10)
+    return one
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8])
+def test_a_loop_that_is_taken_up_again_ends_in_the_same_weights(whole, stop, tmp_path):
+    """In each phase, through a file that holds no code."""
+    first, second = measuring(), measuring()
     optimizer = sgd(first)
     on(first, optimizer, stop)
     states = [part.state_dict() for part in (first.steering.network, optimizer, first)]

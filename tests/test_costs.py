@@ -22,6 +22,7 @@ from budgetnet.costs.steps import StepCost
 from budgetnet.errors import ConfigError
 from budgetnet.extraction import count, extract
 from budgetnet.graph import Graph
+from budgetnet.shapes import once_a_kind
 from budgetnet.spaces import conv_fabric, resnet_fabric
 
 FABRICS = {
@@ -365,3 +366,22 @@ def test_macs_of_one_layer_by_hand():
     with FlopCounterMode(display=False) as counter:
         module(torch.zeros(1, 2, 8, 8))
     assert counter.get_total_flops() == 2 * 864
+
+
+def test_modules_that_are_alike_are_looked_at_once_and_others_by_themselves():
+    """Alike are layers of one printed form that hold values of the same sizes, whatever these are."""
+    looked, known = [], {}
+
+    def look(module: nn.Module, shape: tuple[int, ...] = (2, 8, 8)) -> None:
+        once_a_kind(known, module, shape, lambda: looked.append(module))
+
+    layer, other, strided, bare, narrow, own, hooked = (nn.Conv2d(2, 2, 3) for _ in range(7))
+    strided.stride = (2, 2)
+    bare.bias = None
+    narrow.weight = nn.Parameter(torch.zeros(1, 2, 3, 3))
+    own.forward = lambda x: x
+    hooked.register_forward_hook(lambda module, given, output: output[:, :1])
+    for module in (layer, other, strided, bare, narrow, own, own, hooked, hooked, layer):
+        look(module)
+    look(layer, (2, 4, 4))
+    assert looked == [layer, strided, bare, narrow, own, own, hooked, hooked, layer]

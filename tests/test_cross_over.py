@@ -12,21 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import budgetnet as bn
-from budgetnet import delivery
 from budgetnet.blocks import conv_layers
 from budgetnet.delivery import Found
 from budgetnet.extraction import count
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.sites import Fixed
 
-
-@pytest.fixture(autouse=True)
-def no_files(monkeypatch):
-    """What is handed over is not written: that takes seconds, and has tests of its own."""
-    monkeypatch.setattr(delivery, "export", lambda network, path, x: network)
-    monkeypatch.setattr(delivery, "load_file", lambda network: network)
-    monkeypatch.setattr(delivery, "file_latency", lambda *_, **__: {})
-    monkeypatch.setattr(delivery.report, "write", lambda _: None)
+pytestmark = pytest.mark.usefixtures("no_files")
 
 
 def search(space: bn.SuperNetwork, budgets: list[str], estimator: str, start: float, out: Path) -> Found:

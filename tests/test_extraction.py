@@ -14,7 +14,7 @@ from torch import nn
 
 from budgetnet import Edge, Node, SuperNetwork
 from budgetnet.errors import ConfigError
-from budgetnet.extraction import count, extract, fold_batch_norm
+from budgetnet.extraction import count, duplicate, extract, fold_batch_norm
 from budgetnet.sites import Fixed
 from budgetnet.spaces import conv_fabric, resnet_fabric
 
@@ -29,6 +29,44 @@ SPACES = {
 @pytest.fixture(params=SPACES.values(), ids=SPACES)
 def network(request) -> SuperNetwork:
     return stir(copy.deepcopy(request.param), 0).eval()
+
+
+def assert_same(one: object, other: object) -> None:
+    """Two objects have the same values, tensors of their own, and nothing that changes in common."""
+    assert type(one) is type(other)
+    if isinstance(one, nn.Module):
+        assert one is not other
+        assert_same(vars(one), vars(other))
+    elif isinstance(one, dict):
+        assert one is not other
+        assert list(one) == list(other)
+        for name, value in one.items():
+            assert_same(value, other[name])
+    elif isinstance(one, torch.Tensor):
+        assert one.data_ptr() != other.data_ptr()
+        assert one.requires_grad == other.requires_grad
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+        assert one is not other or not isinstance(one, set | list)
+
+
+def test_a_copy_of_a_module_is_as_a_deep_copy_is(network: SuperNetwork):
+    for module in network.modules_on_edges:
+        module.note = ["of one's own"]
+        module.register_forward_hook(print)
+        for twin in (duplicate(module, {}), copy.deepcopy(module)):
+            assert_same(twin, module)
+
+
+def test_a_copy_has_in_common_what_the_module_has():
+    layer = nn.Linear(2, 2)
+    twin = duplicate(nn.Sequential(layer, nn.Sequential(nn.ReLU(), layer)), {})
+    assert twin[0] is twin[1][1]
+    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tied[1].weight = tied[0].weight
+    twin = duplicate(tied, {})
+    assert twin[0].weight is twin[1].weight is not tied[0].weight
 
 
 def images(network: SuperNetwork, count: int = 3) -> torch.Tensor:

@@ -101,12 +101,12 @@ def test_gates_that_look_at_the_input_cost_without_noise_what_they_cost_with_it(
         nn.init.normal_(head.decide.weight, std=0.1, generator=torch.Generator().manual_seed(0))
         head.reset(-0.2)
     others = {name: value.clone() for name, value in one.network.state_dict().items() if not name.endswith(".bias")}
-    images, generator = torch.randn(16, 64, 1, 8, 8), torch.Generator().manual_seed(0)
+    images, generator = torch.randn(4, 256, 1, 8, 8), torch.Generator().manual_seed(0)
 
     @torch.no_grad()
     def cost(noisy: bool) -> float:
         network = copy.deepcopy(one.network)
-        used = [network.used(network(x, Gumbel(64, generator=generator, noisy=noisy))[1]) for x in images]
+        used = [network.used(network(x, Gumbel(256, generator=generator, noisy=noisy))[1]) for x in images]
         return float(one.budgets[0].model(torch.cat(used)).mean())
 
     drawn = cost(noisy=True)
@@ -117,6 +117,7 @@ def test_gates_that_look_at_the_input_cost_without_noise_what_they_cost_with_it(
     assert all(torch.equal(after[name], value) for name, value in others.items())
 
 
+@pytest.mark.usefixtures("no_files")
 @pytest.mark.parametrize(("noiseless", "times"), [(None, 1), (0.0, 0)])
 def test_noise_ends_once_in_a_search(noiseless, times, monkeypatch, tmp_path):
     ended = []
@@ -496,6 +497,7 @@ def every_weight(network: bn.SuperNetwork) -> torch.Tensor:
     return torch.cat([value.flatten() for value in network.modules_on_edges.parameters()])
 
 
+@pytest.mark.usefixtures("no_exports")
 @pytest.mark.parametrize(("weight", "epochs"), [(0.0, 0), (1.0, 3)])
 def test_images_that_the_full_network_saw_to_teach_are_counted(weight, epochs, tmp_path):
     """It takes part in all but the warm-up."""
@@ -647,7 +649,7 @@ def test_a_search_with_gates_keeps_its_budget_and_hands_over_what_it_found(optio
     """Real digits, from the search to the file that onnxruntime runs."""
     torch.manual_seed(0)
     digits = bn.data.load("digits").subset(512, seed=0)
-    searching = bn.SearchOptions(epochs=10, candidates=2, validate_every=3)
+    searching = bn.SearchOptions(epochs=10, candidates=2, validate_every=3, recalibration=2)
     found = bn.search(small_resnet(**options), digits, ["macs<=70%"], searching, out=tmp_path / "run")
     result = found.result
     assert result["budgets"][0]["met"]

@@ -1,6 +1,7 @@
 """Ways to decide gates once they are learned, and what they cost: against loops by hand and made-up costs."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -256,13 +257,24 @@ def test_the_exit_table_is_that_of_a_loop_over_examples():
     assert [line["name"] for line in table] == ["d0.exit", "d1.exit", "end"]
 
 
-def test_a_run_is_evaluated_from_its_checkpoint(tmp_path):
+def conditional_run(out, budgets=("macs<=60%",), space=resnet, **options) -> bn.Found:
+    """Trained for a moment: its gates are where they began, so that a threshold has to be found."""
     torch.manual_seed(0)
     digits = bn.data.load("digits").subset(256, seed=0)
-    options = bn.SearchOptions(epochs=3, validate_every=3)
-    found = bn.search(resnet(), digits, ["macs<=90%"], options, out=tmp_path / "run")
-    network = restored(RunFolder(tmp_path / "run"), resnet())
-    for name, value in found.supernet.named_parameters():
+    searching = bn.SearchOptions(**{"epochs": 2, "validate_every": 2, "recalibration": 2} | options)
+    return bn.search(stirred(space), digits, list(budgets), searching, out=out)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> bn.Found:
+    """A run in bfloat16; leave it as it is."""
+    return conditional_run(tmp_path_factory.mktemp("trained") / "run", precision="bfloat16")
+
+
+def test_a_run_is_evaluated_from_its_checkpoint(trained, tmp_path):
+    digits, run = bn.data.load("digits").subset(256, seed=0), RunFolder(trained.run)
+    network = restored(run, resnet())
+    for name, value in trained.supernet.named_parameters():
         assert torch.equal(value, network.get_parameter(name))
     seen = evaluate_gates(network, digits, Inference("always-on"), ["macs", "activation"], recalibration=2)
     batches = Batches(digits.train, batch_size=128, augmentation=digits.augmentation).several(2)  # as in training
@@ -273,15 +285,7 @@ def test_a_run_is_evaluated_from_its_checkpoint(tmp_path):
     with pytest.raises(FileError, match="must hold a checkpoint, found none"):
         restored(RunFolder(tmp_path), resnet())
     with pytest.raises(FileError, match="the checkpoint is of another network"):
-        restored(RunFolder(tmp_path / "run"), resnet(memory=True))
-
-
-def conditional_run(out, budgets=("macs<=60%",), space=resnet, **options) -> bn.Found:
-    """Trained for a moment: its gates are where they began, so that a threshold has to be found."""
-    torch.manual_seed(0)
-    digits = bn.data.load("digits").subset(256, seed=0)
-    searching = bn.SearchOptions(**{"epochs": 2, "validate_every": 2} | options)
-    return bn.search(stirred(space), digits, list(budgets), searching, out=out)
+        restored(run, resnet(memory=True))
 
 
 @torch.no_grad()
@@ -297,9 +301,9 @@ def delivered(found: bn.Found, split) -> tuple[float, float]:
     return float(torch.cat(macs).mean()), float(torch.cat(right).float().mean())
 
 
-def test_what_is_reported_of_gates_that_look_at_the_input_is_what_is_handed_over(tmp_path):
+def test_what_is_reported_of_gates_that_look_at_the_input_is_what_is_handed_over(trained, tmp_path):
     """In bfloat16, as runs are on this machine by default, decisions differ; the network is handed over in float32."""
-    found = conditional_run(tmp_path / "run", precision="bfloat16")
+    found, run = trained, shutil.copytree(trained.run, tmp_path / "run")
     result, digits = found.result, bn.data.load("digits")
     (budget,) = result["budgets"]
     assert result["inference"]["tau"] != 0.5
@@ -311,16 +315,16 @@ def test_what_is_reported_of_gates_that_look_at_the_input_is_what_is_handed_over
     assert macs == pytest.approx(result["inference"]["test_costs"]["macs"], rel=1e-5)
     assert accuracy == pytest.approx(result["test"]["accuracy"], abs=2e-3)
     assert result["network"]["params"] == sum(value.numel() for value in found.plain.parameters())
-    again = restored(RunFolder(tmp_path / "run"), resnet()).eval()  # as it is handed over, its batch norms too
+    again = restored(RunFolder(run), resnet()).eval()  # as it is handed over, its batch norms too
     for name, value in found.supernet.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    loaded, x = bn.load(tmp_path / "run", resnet()), torch.from_numpy(digits.test.images[:16]) / 127.5 - 1
+    loaded, x = bn.load(run, resnet()), torch.from_numpy(digits.test.images[:16]) / 127.5 - 1
     assert torch.equal(loaded(x), found.network()(x))
     assert loaded.table == found.network().table
     for broken in ({"a": {}}, {next(iter(loaded.table)): {"16": {"rows": 0.5}}}, {next(iter(loaded.table)): [1]}):
-        RunFolder(tmp_path / "run").write("break-even.json", broken)
+        RunFolder(run).write("break-even.json", broken)
         with pytest.raises(FileError, match=r"break-even.json: "):
-            bn.load(tmp_path / "run", resnet())
+            bn.load(run, resnet())
 
 
 def test_a_fixed_architecture_of_gates_that_look_at_the_input_is_handed_over(tmp_path):
@@ -354,7 +358,8 @@ def test_the_network_and_its_file_run_as_is_faster_on_this_machine(tmp_path, mon
 
     monkeypatch.setattr("budgetnet.conditional.variants.interleaved", timed)
     monkeypatch.setattr("budgetnet.conditional.tuning.interleaved", descending)
-    found = conditional_run(tmp_path / "run", space=partial(resnet, granularity=(2, 4, 8)))
+    gated = partial(resnet, granularity=(2, 4, 8))
+    found = conditional_run(tmp_path / "run", ["macs<=110%"], gated, epochs=1)  # a threshold of 1/2 will do
     table = json.loads((tmp_path / "run" / "break-even.json").read_text())
     assert found.network().table == table
     assert table

@@ -947,6 +947,7 @@ def test_real_times_of_real_networks_rise_with_what_is_kept(runtime: str):
     assert model.error < 0.5
 
 
+@pytest.mark.usefixtures("no_files")
 def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped(tmp_path: Path, capsys):
     space = bn.spaces.resnet_fabric(width=2, channels=8, image_size=8, in_channels=1)
     data = bn.data.load("digits").subset(256, seed=0)

@@ -18,7 +18,7 @@ from budgetnet.costs.footprints import channel_table, least_open
 from budgetnet.errors import ConfigError
 from budgetnet.gated import GatedSequential
 from budgetnet.graph import Graph, both, either, opposite
-from budgetnet.shapes import Shape, on_meta, output_shape
+from budgetnet.shapes import Shape, on_meta, once_a_kind, output_shape
 from budgetnet.sites import ConditionalGates
 from budgetnet.supernet import SuperNetwork
 
@@ -335,12 +335,19 @@ def bias_count(layer: nn.Module, count: Callable[[nn.Module, Shape], int], shape
     return count(layer, shape) - count(without, shape)
 
 
+_macs: dict[tuple[str, Shape], int] = {}
+
+
 def module_macs(module: nn.Module, shape: Shape) -> int:
     """MACs of one forward pass on one example of `shape`, counted by torch on the meta device."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        on_meta(module, (1, *shape))
-    return int(counter.get_total_flops()) // 2  # torch counts a multiply-add as two
+
+    def counted() -> int:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            on_meta(module, (1, *shape))
+        return int(counter.get_total_flops()) // 2  # torch counts a multiply-add as two
+
+    return once_a_kind(_macs, module, shape, counted)
 
 
 def weigh(weights: Tensor, columns: Tensor) -> Tensor:

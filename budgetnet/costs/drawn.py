@@ -162,7 +162,7 @@ class DrawnModel:
         values, live = torch.zeros(len(bits), dtype=torch.float64), bits.any(dim=1)
         for place in live.nonzero().flatten().tolist():
             row, x = bits[place], inputs[place]
-            values[place] = self.remembered(row) if self.remembered else self.at(row)(x).mean()
+            values[place] = self.remembered(row) if self.remembered else mean(self.at(row)(x))
         self.fit.add(bits[live], values[live])
         return values
 
@@ -181,6 +181,11 @@ class DrawnModel:
 
     def _moved(self, x: Tensor) -> Tensor:
         return x.to(self.network.gates.values.device)
+
+
+def mean(values: Tensor) -> float:
+    """Of `(n,)` values, of which there mostly is one."""
+    return float(values.mean() if len(values) > 1 else values)
 
 
 def paid_for(network: SuperNetwork, used: Tensor) -> Tensor:

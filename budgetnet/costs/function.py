@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import re
 import sys
@@ -144,6 +145,8 @@ class Function:
                 found = self.call(**{self.beside: given}) if self.by_name else self.call(given)
         except (Exception, SystemExit) as error:  # the user's own code may raise anything
             raise ConfigError(f"{self.key} raised {type(error).__name__}: {error}") from error
+        if type(found) is float and 0 <= found < math.inf:  # as most do, many times a step
+            return torch.tensor([found], dtype=torch.float64)
         try:
             values = torch.as_tensor(found, dtype=torch.float64).cpu()
         except (TypeError, ValueError, RuntimeError):
