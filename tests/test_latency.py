@@ -208,6 +208,7 @@ def test_a_table_is_kept_in_a_file(tmp_path: Path):
     [
         (lambda content: content.update(threads=4), "holds times for threads 4, but here it is 1"),
         (lambda content: content.update(processor="Abacus"), "holds times for processor Abacus"),
+        (lambda content: content.update(processor=7), "must hold times of modules .* a processor of 7"),
         (lambda content: content.update(format="other"), "must hold times of modules .* format 'other'"),
         (lambda content: content.pop("times_ms"), "must hold times of modules .* 'times_ms'"),
         (lambda content: content["times_ms"].update(conv={"": -1}), "a time of -1"),

@@ -147,7 +147,7 @@ class Latency:
 
 
 class LatencyModel(LatencyFit):
-    """Latency of a network's architectures, measured on this machine where it counts, and predicted elsewhere.
+    """Latency of a network's architectures, measured on this machine where it counts, else predicted.
 
     What the table lacks is timed. The weights are fitted to whole networks that are measured before the search and
     during it.

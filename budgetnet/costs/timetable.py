@@ -122,6 +122,9 @@ class Timetable:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}")
             found = Setting(**{name: content[name] for name in vars(setting)})
+            for name in OF_MACHINE:
+                if not isinstance(content[name], str):
+                    raise ValueError(f"a {name} of {content[name]!r}")
             times = {kind: _times(entries) for kind, entries in content["times_ms"].items()}
             for key in (key for entries in times.values() for key in entries):
                 if key and not all(part.isdecimal() for part in key.split(",")):
