@@ -6,8 +6,9 @@ The exits' gates learn under a limit on the layers that an image passes on avera
 exit's classifier is ("answer"), or look at the features beside it, as in the paper ("features"). For each exit: the
 share of the test images that leave there, how many are right of all and of those, then the mean layers, MACs and time,
 each as a share of those of the network without exits, the last in turns, on one thread. The default network is small,
-for two cores, and 14.3 layers are 65 % of its 22 without exits; the paper's is `--depth 100 --growth 12 --exit-channels 128 --exit-pool 1` with all images. A row that is
-kept in --rows is not trained again. Prints Markdown tables.
+for two cores, and its limit 65 % of the 22 layers without exits; the paper's is `--depth 100 --growth 12
+--exit-channels 128 --exit-pool 1` with all images. A row that is kept in --rows is not trained again. Prints Markdown
+tables.
 """
 
 from __future__ import annotations
