@@ -20,7 +20,7 @@ PLAIN = (
     *(nn.Sequential, nn.Identity, nn.Flatten, nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6),
     *(nn.Upsample, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
 )
-"""Layers whose printed form, and the sizes of what they hold, tell what they do to a shape."""
+"""Layers whose attributes are all that there is to them; printed form and sizes tell what they do to a shape."""
 
 KINDS = 4096
 """Kinds of modules that are remembered; a space has a few, however many modules."""
