@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from budgetnet.errors import ConfigError
 from budgetnet.export import onnx_session
-from budgetnet.extraction import connected, extract, fold_batch_norm
+from budgetnet.extraction import connected, extract, fold_batch_norm, narrowed
 from budgetnet.gated import GatedSequential, contiguous
 from budgetnet.onnx_pieces import Piece, Pieces, Scope
 from budgetnet.shapes import Shape
@@ -85,9 +85,13 @@ class Assembler:
 
     def alone(self, edge: int, bits: Tensor) -> Run:
         """An edge by itself, with those of its `(groups,)` channel groups that are open."""
-        start = self.network.graph.edges[edge][0]
-        module, into, _ = self._narrowed(edge, bits)
-        shape = self.network.shapes[start] if into is None else (len(into), *self.network.shapes[start][1:])
+        start, module = self.network.graph.edges[edge][0], self.network.modules_on_edges[edge]
+        shape = self.network.shapes[start]
+        if isinstance(module, GatedSequential):
+            plain, into, _ = module.narrowed(bits.to(self.network.gates.values.device))
+            module, shape = fold_batch_norm(plain), shape if into is None else (len(into), *shape[1:])
+        else:
+            module = self.folded[edge]
 
         def write(scope: Scope, value: str) -> str:
             return self._call(scope, self.edge_kind(edge), module, value)
@@ -208,29 +212,26 @@ class Assembler:
     def _edge(self, scope: Scope, edge: int, used: Tensor, value: str) -> str:
         if edge not in self.edges:
             return value
-        module, into, out = self._narrowed(edge, self.network.groups_of(edge, used)[0])
-        if into is not None:
-            value = scope.node("Gather", [value, scope.constant(into.cpu().numpy())], axis=1)
+        module, reads, writes = self._narrowed(edge, used)
+        if reads is not None:
+            value = scope.node("Gather", [value, scope.constant(reads.cpu().numpy())], axis=1)
         value = self._call(scope, self.edge_kind(edge), module, value)
-        if out is not None:
+        if writes is not None:
             shape = self.network.shapes[self.network.graph.edges[edge][1]]
             ends = np.zeros(2 * (1 + len(shape)), np.int64)
             ends[1 + len(shape) + 1] = 1  # one channel of zeros behind the open ones, which closed channels read
-            place = np.full(shape[0], len(out), np.int64)
-            place[out.cpu().numpy()] = np.arange(len(out))
             value = scope.node("Pad", [value, scope.constant(ends)])
-            value = scope.node("Gather", [value, scope.constant(place)], axis=1)
+            value = scope.node("Gather", [value, scope.constant(writes.cpu().numpy())], axis=1)
         return value
 
     def _call(self, scope: Scope, kind: str, module: nn.Module, value: str) -> str:
         return scope.call(self.pieces[kind], [value], module.state_dict())
 
-    def _narrowed(self, edge: int, bits: Tensor) -> tuple[nn.Module, Tensor | None, Tensor | None]:
-        module = self.network.modules_on_edges[edge]
-        if not isinstance(module, GatedSequential):
+    def _narrowed(self, edge: int, used: Tensor) -> tuple[nn.Module, Tensor | None, Tensor | None]:
+        if not isinstance(self.network.modules_on_edges[edge], GatedSequential):
             return self.folded[edge], None, None
-        plain, into, out = module.narrowed(bits.to(self.network.gates.values.device))
-        return fold_batch_norm(plain), into, out
+        plain, reads, writes = narrowed(self.network, edge, used)
+        return fold_batch_norm(plain), reads, writes
 
     def _export(self) -> None:
         """Has each kind of module written once, with random weights: an exporter leaves out a bias of zeros."""

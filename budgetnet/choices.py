@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from budgetnet.errors import ConfigError, GraphError
 from budgetnet.graph import Graph, both, opposite
+from budgetnet.streams import Stream
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Choices:
         independent: columns of gates that do not look at the input; they come first.
         gate_count: G.
         behind: for each exit the edges that what takes it does not pass along; a node's exits have an order.
+        streams: nodes that hold only the channels that their edges open.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Choices:
     independent: int
     gate_count: int
     behind: dict[int, list[int]]
+    streams: tuple[Stream, ...]
     _named: dict[str, Tensor]
 
     def _arrange(self, conditional: Collection[int]) -> None:
@@ -151,14 +155,14 @@ class Choices:
     def used(self, kept: Tensor) -> Tensor:
         """What is computed, and what a cost is charged for, `(K, G)` to `(K, U)`.
 
-        Edges: kept, on a live path, and no site of theirs closed altogether. Groups: as kept; they
-        count where their edge is used. An edge is also used where nothing but gates that look at the
-        input cut it from the output: these decide once it has been run.
+        Edges: kept, on a live path, and no site of theirs closed altogether. Groups: as kept, but for channels of a
+        `Stream` that only one side opens; they count where their edge is used. An edge is also used where nothing but
+        gates that look at the input cut it from the output: these decide once it has been run.
         """
         whole = self.decisions(kept)
         alive = self._alive(whole)
         live = self.graph.used(alive, self._ahead(alive))
-        return live if not self.sites else torch.cat([live, whole[:, len(self.graph.edges) :]], dim=1)
+        return live if not self.sites else self._in_streams(torch.cat([live, whole[:, len(self.graph.edges) :]], dim=1))
 
     def connects(self, used: Tensor) -> Tensor:
         """Whether `(K, U)` used units connect input and output, `(K,)` bool."""
@@ -194,7 +198,15 @@ class Choices:
         live = hard * own + (could - hard) * (own - own.detach())
         if self.exits:
             live = live * self._passed_by(whole)
-        return torch.cat([live, whole[:, edges:]], dim=1)
+        return self._in_streams(torch.cat([live, whole[:, edges:]], dim=1))
+
+    def _in_streams(self, used: Tensor) -> Tensor:
+        """Closes what streams make superfluous in `(K, U)`."""
+        return reduce(lambda units, stream: stream.live(units), self.streams, used)
+
+    def stream_of(self, node: int) -> Stream | None:
+        """The stream that a node is part of, if its channels may be fewer than its shape says."""
+        return next((stream for stream in self.streams if node in stream.nodes), None)
 
     def of_edges(self, edges: Collection[int]) -> Tensor:
         """The smallest architecture that keeps just these edges of those that can be dropped, `(1, G)`.

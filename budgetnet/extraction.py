@@ -59,21 +59,16 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
         modules.register_buffer(place, channels)
         return graph.call_function(torch.index_select, (value, 1, graph.get_attr(place)))
 
-    def narrow(edge: int, module: GatedSequential, value: fx.Node) -> fx.Node:
-        """The edge with its open channels alone: gathered and scattered only where its ends keep all channels."""
-        name = network.edge_names[edge]
-        bits = network.groups_of(edge, whole)[0].to(network.gates.values.device)
-        plain, into, out = module.narrowed(bits)
-        if into is not None:
-            value = select(f"{name}_reads", value, into)
+    def narrow(edge: int, value: fx.Node) -> fx.Node:
+        """The edge with its open channels alone."""
+        name, plain, reads, writes = network.edge_names[edge], *narrowed(network, edge, whole)
+        if reads is not None:
+            value = select(f"{name}_reads", value, reads)
         value = call(name, plain, value)
-        if out is not None:
-            # behind the open channels stands one of zeros, which each closed channel reads
-            place = torch.full((module.out_channels,), len(out)).to(out)
-            place[out] = torch.arange(len(out)).to(out)
+        if writes is not None:
             behind = network.shapes[network.graph.edges[edge][1]]
             value = graph.call_function(pad, (value, (*[0, 0] * (len(behind) - 1), 0, 1)))
-            value = select(f"{name}_writes", value, place)
+            value = select(f"{name}_writes", value, writes)
         return value
 
     values = {network.graph.source: graph.placeholder("x")}
@@ -82,17 +77,50 @@ def extract(network: SuperNetwork, kept: Tensor) -> fx.GraphModule:
         for edge in network.graph.incoming[node]:
             if used[edge]:
                 start = values[network.graph.edges[edge][0]]
-                module = network.modules_on_edges[edge]
-                if isinstance(module, GatedSequential):
-                    value = narrow(edge, module, start)
-                else:
-                    value = call(network.edge_names[edge], module, start)
+                value = narrow(edge, start)
                 total = value if total is None else graph.call_function(add, (total, value))
         if total is not None:
             values[node] = call(f"{network.graph.nodes[node]}_activation", network.activations[node], total)
     graph.output(values[network.graph.sink])
     plain = fx.GraphModule(modules, graph, class_name="ExtractedNetwork")
     return plain.train(network.training)
+
+
+def narrowed(network: SuperNetwork, edge: int, used: Tensor) -> tuple[nn.Module, Tensor | None, Tensor | None]:
+    """The module of an edge with its open channels alone, gathered and scattered only where its nodes hold others, too.
+
+    Args:
+        network: the network with choices.
+        edge: of it.
+        used: `(1, U)` units.
+
+    Returns:
+        The module: that of the network if it has no gates on channels, else a copy; the places of the channels that it
+        reads in the value that it is given, None for all; and for each channel of the value that it is added to its
+        place in the output, where one more channel, of zeros, stands behind the last; None where they are the same.
+    """
+    module = network.modules_on_edges[edge]
+    if not isinstance(module, GatedSequential):
+        return module, None, None
+    start, end = network.graph.edges[edge]
+    plain, into, out = module.narrowed(network.groups_of(edge, used)[0].to(network.gates.values.device))
+    before, behind = (_held(network, node, used, like) for node, like in ((start, into), (end, out)))
+    if into is not None and before is not None:
+        into = None if len(into) == len(before) else torch.searchsorted(before, into)
+    if out is None or (behind is not None and len(out) == len(behind)):
+        return plain, into, None
+    behind = torch.arange(module.out_channels).to(out) if behind is None else behind
+    place = torch.full_like(behind, len(out))
+    place[torch.searchsorted(behind, out)] = torch.arange(len(out)).to(out)
+    return plain, into, place
+
+
+def _held(network: SuperNetwork, node: int, used: Tensor, like: Tensor | None) -> Tensor | None:
+    """The numbers of the channels that a node holds in `(1, U)` used units, None for all; on the device of `like`."""
+    stream = network.stream_of(node)
+    if stream is None or like is None:  # what opens all its channels finds all of them held
+        return None
+    return stream.held(used)[0].nonzero().flatten().to(like.device)
 
 
 def duplicate(module: nn.Module, known: dict[int, Any]) -> nn.Module:

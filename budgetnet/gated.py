@@ -21,7 +21,10 @@ from budgetnet.errors import GraphError
 
 Network = TypeVar("Network", bound=nn.Module)
 
-KEEPS_ZERO = (nn.ReLU, nn.ReLU6, nn.Identity, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Dropout)
+KEEPS_ZERO = (
+    *(nn.ReLU, nn.ReLU6, nn.Identity, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Dropout),
+    nn.Flatten,  # of one pixel: of more, the linear layer behind it finds other channels than the gate before it
+)
 """Layers that treat each channel alone and map a zero channel to a zero channel."""
 
 
@@ -112,7 +115,7 @@ class GatedSequential(nn.Sequential):
         names = [site.name for site in self.sites]
         if len(set(names)) < len(names):
             raise GraphError(f"sites of one sequence need different names, got {', '.join(names)}")
-        self.layout, self._ends, self.out_channels = self._layout(layers)
+        self.layout, self.end_sites, self.out_channels = self._layout(layers)
 
     @property
     def groups(self) -> int:
@@ -184,7 +187,7 @@ class GatedSequential(nn.Sequential):
 
     def ends(self, kept: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
         """Channels of the input that are read, and of the output that are written; None for all."""
-        first, last = self._ends
+        first, last = self.end_sites
         return (None if first is None else kept[first]), (None if last is None else kept[last])
 
     def _layout(self, layers: Sequence[nn.Module]) -> tuple[tuple[Layer, ...], tuple[int | None, int | None], int]:

@@ -22,6 +22,7 @@ from budgetnet.graph import Graph, positions
 from budgetnet.rows import Rows, gated, spread
 from budgetnet.shapes import Shape, evaluating, output_shape, without_overwriting
 from budgetnet.sites import AlwaysOn, Fixed, Gates, Policy
+from budgetnet.streams import Stream, streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,7 @@ class SuperNetwork(Choices, nn.Module):
         self.sites = tuple(self._sites())
         conditional = [edge for edge in self.visits if edges[edge].gate is not None]
         self._arrange(conditional)
+        self.streams = () if conditional else self._streams()
         self.gates = Gates(self.independent, start=start, pairs=pairs)
         self.heads = nn.ModuleDict()
         for edge in (edge for edge in conditional if edge not in self.leaders):
@@ -361,6 +363,11 @@ class SuperNetwork(Choices, nn.Module):
                         edge, gate.name, (first, first + gate.groups), gate.always_open, tuple(gate.sizes), gate.lock
                     )
                     first += gate.groups
+
+    def _streams(self) -> tuple[Stream, ...]:
+        channels = [shape[0] for shape in self.shapes]
+        units = [self.span(edge)[0] for edge in range(len(self.graph.edges))]
+        return streams(self.graph, list(self.modules_on_edges), list(self.activations), channels, units)
 
     def _module(self, edge: int, value: Tensor, groups: Tensor, lengths: list[int]) -> Tensor:
         """Runs an edge's module on the rows of its users, whose `(K, groups)` channel groups are given."""

@@ -226,7 +226,7 @@ def gated_body(
             places.append(Place(new, left(at.before), left(at.behind)))
     places, gates = folded(places, gates)
     reads, writes = module.ends(kept)
-    first, last = module._ends
+    first, last = module.end_sites
     work, value = [], (shape[0] if reads is None else len(reads), *shape[1:])
     for layer, _, _ in places:
         work.append(float(module_macs(layer, value)))

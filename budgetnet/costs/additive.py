@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from math import prod
 from operator import add
@@ -20,6 +20,7 @@ from budgetnet.gated import GatedSequential
 from budgetnet.graph import Graph, both, either, opposite
 from budgetnet.shapes import Shape, on_meta, once_a_kind, output_shape
 from budgetnet.sites import ConditionalGates
+from budgetnet.streams import Stream
 from budgetnet.supernet import SuperNetwork
 
 
@@ -88,6 +89,7 @@ class EdgeCost:
             not taken.
         exits: edges that are exits, those of one node in the order in which they are decided, and for each
             the edges behind it.
+        streams: whose nodes' additions and activations cost the share of the channels that they hold.
     """
 
     graph: Graph
@@ -99,6 +101,7 @@ class EdgeCost:
     per_head: Mapping[int, float] = field(default_factory=dict)
     answers: Collection[int] = ()
     exits: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    streams: Sequence[Stream] = ()
 
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units, bits or in [0, 1], to `(B,)` float64 costs in `unit`, differentiably."""
@@ -106,11 +109,15 @@ class EdgeCost:
         columns = used[:, : len(ends)].t().contiguous()  # (E, B): bits stay bits until they are weighed
         plain = self.per_edge.clone()
         plain[list(self.channels)] = 0
+        narrow = [node for stream in self.streams for node in stream.nodes]
+        by_addition, by_node = self.per_addition.clone(), self.per_node - self.per_addition
+        by_addition[narrow] = by_node[narrow] = 0
         # every used input pays its addition, then each live node gets its first one back
-        cost = weigh(plain + self.per_addition[ends], columns)
+        cost = weigh(plain + by_addition[ends], columns)
         for edge, inside in self.channels.items():
             cost = cost + columns[edge] * inside(used)
-        by_node = self.per_node - self.per_addition
+        for stream in self.streams:
+            cost = cost + stream.share(used) * self._at_nodes(columns, sorted(stream.nodes))
         if by_node.any():
             entered = [node for node, entering in enumerate(self.graph.incoming) if entering]
             alive = [self._alive(columns, node) for node in entered]
@@ -124,6 +131,15 @@ class EdgeCost:
                 passed = both(asked, opposite(columns[edge])) if columns.dtype == torch.bool else asked - columns[edge]
                 cost = cost + float(self.per_edge[edge]) * passed
         return cost
+
+    def _at_nodes(self, columns: Tensor, nodes: Sequence[int]) -> Tensor:
+        """What nodes' additions and activations cost with all their channels, `(B,)`."""
+        entering = [edge for node in nodes for edge in self.graph.incoming[node]]
+        ends = [self.graph.edges[edge][1] for edge in entering]
+        alive = torch.stack([self._alive(columns, node) for node in nodes])
+        return weigh(self.per_addition[ends], columns[entering]) + weigh(
+            self.per_node[nodes] - self.per_addition[nodes], alive
+        )
 
     def _alive(self, columns: Tensor, node: int) -> Tensor:
         """Whether anything enters a node, `(B,)`."""
@@ -220,7 +236,8 @@ class MACs:
 
         additions = [prod(shape) * self.additions for shape in network.shapes]
         heads = {int(edge): self._head(network, int(edge)) for edge in network.heads} if self.gates else {}
-        return edge_cost(network, count, self.unit, additions=additions, heads=heads)
+        cost = edge_cost(network, count, self.unit, additions=additions, heads=heads)
+        return replace(cost, streams=network.streams)
 
     @staticmethod
     def _head(network: SuperNetwork, edge: int) -> float:

@@ -45,11 +45,9 @@ class FileChannels(HeldChannels):
 
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units to the `(B,)` bytes of this edge, where it is used; differentiable."""
-        cost, bits = super().__call__(used) + self.beside, used[:, slice(*self.units)].detach().to(torch.float64)
-        for site, parts in ((self.into, GATHER), (self.out, SCATTER)):
-            if site is not None:
-                sizes = self.sizes[:, site].to(bits.device)
-                cost = cost + field_bytes(*parts) * (bits @ sizes < sizes.sum())
+        cost = super().__call__(used) + self.beside
+        for _, count, held, writes in self.moved(used.detach()):
+            cost = cost + field_bytes(*(SCATTER if writes else GATHER)) * (count < held)
         return cost
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from budgetnet.extraction import fold_batch_norm
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.shapes import Shape, evaluating, output_shape
+from budgetnet.streams import Stream
 from budgetnet.supernet import SuperNetwork
 
 FLOAT = 4
@@ -100,15 +101,16 @@ class Step:
 
     Attributes:
         footprint: for each channel that it writes, or for all where no site decides on them.
-        site: of the channels that it writes, S where there is none.
+        site: of the channels that it writes; S where there is none, S + 1 for those that the edge's start holds, S + 2
+            for those that its end holds.
         more: channels that it writes beside the open ones.
-        cut: a site; it runs only where some of its channels are closed. None: it runs always.
+        cut: a site and S + 1 or S + 2; it runs only where fewer channels are open at the site. None: it runs always.
     """
 
     footprint: Footprint
     site: int
     more: int = 0
-    cut: int | None = None
+    cut: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,22 +121,27 @@ class ChannelFootprint:
         units: first unit of the edge's groups and the one behind the last.
         sizes: `(groups, S + 1)` channels that each group opens at each of the S sites; the last column is 0.
         steps: what runs, in order.
+        ends: of the edge's start and end the stream, None where the node holds all channels, and the channels.
     """
 
     units: tuple[int, int]
     sizes: Tensor
     steps: tuple[Step, ...]
+    ends: tuple[tuple[Stream | None, int], tuple[Stream | None, int]]
 
     def __call__(self, used: Tensor) -> Footprint:
         """The footprint in each of `(B, U)` float64 used units, differentiable."""
         count = used[:, slice(*self.units)] @ self.sizes
-        count = torch.cat([count[:, :-1], torch.ones_like(count[:, :1])], dim=1)  # (B, S + 1) open channels
-        cut = count.detach() < self.sizes.sum(dim=0)
+        held_by = torch.stack([held_channels(stream, used, channels) for stream, channels in self.ends], dim=1)
+        count = torch.cat([count[:, :-1], torch.ones_like(count[:, :1]), held_by], dim=1)  # (B, S + 3)
         first, rest, held = (torch.zeros(len(used), dtype=torch.float64) for _ in range(3))
         passes = torch.ones(len(used), dtype=torch.bool)
         for step in self.steps:
             part, channels = step.footprint, count[:, step.site] + step.more
-            runs = torch.ones_like(passes) if step.cut is None else cut[:, step.cut]
+            runs = torch.ones_like(passes)
+            if step.cut is not None:
+                open_here, held_there = count.detach()[:, list(step.cut)].unbind(dim=1)
+                runs = open_here < held_there
             new = channels * part.first
             first = torch.where(runs & passes, torch.maximum(first, new), first)
             after = torch.maximum(torch.where(passes, 0.0, held + new), channels * part.rest)
@@ -148,13 +155,19 @@ def footprints(network: SuperNetwork) -> list[Footprint | ChannelFootprint]:
     """The footprint of each edge, as it is extracted and its batch norms folded."""
     found: list[Footprint | ChannelFootprint] = []
     for edge, module in enumerate(network.modules_on_edges):
-        start, end = (network.shapes[node] for node in network.graph.edges[edge])
         plain = folded(module)
         if isinstance(plain, GatedSequential) and plain.sites:
-            found.append(channel_footprint(plain, network.span(edge), start, end))
+            found.append(channel_footprint(plain, network, edge))
         else:
-            found.append(footprint(plain, start))
+            found.append(footprint(plain, network.shapes[network.graph.edges[edge][0]]))
     return found
+
+
+def held_channels(stream: Stream | None, used: Tensor, channels: int) -> Tensor:
+    """`(B,)` float64 channels that a node of so many holds, in a stream or in none, where `(B, U)` units are used."""
+    if stream is None:
+        return torch.full((len(used),), float(channels), dtype=torch.float64, device=used.device)
+    return channels * stream.share(used)
 
 
 def footprint(module: nn.Module, shape: Shape) -> Footprint:
@@ -167,17 +180,12 @@ def footprint(module: nn.Module, shape: Shape) -> Footprint:
     return Footprint(max(alive[: source.last + 1]), max(alive[source.last + 1 :]), alive[end], False)
 
 
-def channel_footprint(module: GatedSequential, units: tuple[int, int], start: Shape, end: Shape) -> ChannelFootprint:
-    """The footprint of an edge by its open channels.
-
-    Args:
-        module: of the edge, folded.
-        units: first unit of its groups and the one behind the last.
-        start: shape of what it reads.
-        end: shape of what it writes.
-    """
-    none, (into, out) = len(module.sites), end_sites(module)
-    steps = [] if into is None else [Step(_copy(start[1:]), into, cut=into)]
+def channel_footprint(module: GatedSequential, network: SuperNetwork, edge: int) -> ChannelFootprint:
+    """The footprint of an edge by its open channels; `module` is the edge's, folded."""
+    ends = network.graph.edges[edge]
+    start, end = (network.shapes[node] for node in ends)
+    none, (into, out) = len(module.sites), module.end_sites
+    steps = [] if into is None else [Step(_copy(start[1:]), into, cut=(into, none + 1))]
     shape = start
     for layer in module.layout:
         part, site = footprint(module[layer.index], shape), layer.behind
@@ -186,8 +194,10 @@ def channel_footprint(module: GatedSequential, units: tuple[int, int], start: Sh
         steps.append(Step(each, none if site is None else site))
         shape = output_shape(module[layer.index], shape, f"layer {layer.index}")
     if out is not None:  # a channel of zeros is put behind, which each closed one reads
-        steps += [Step(_copy(end[1:]), out, more=1, cut=out), Step(_copy(end), none, cut=out)]
-    return ChannelFootprint(units, channel_table(module), tuple(steps))
+        cut = (out, none + 2)
+        steps += [Step(_copy(end[1:]), out, more=1, cut=cut), Step(_copy(end[1:]), none + 2, cut=cut)]
+    held = (network.stream_of(ends[0]), start[0]), (network.stream_of(ends[1]), end[0])
+    return ChannelFootprint(network.span(edge), channel_table(module), tuple(steps), held)
 
 
 def folded(module: nn.Module) -> nn.Module:
@@ -211,12 +221,6 @@ def least_open(site: ChannelGate) -> Tensor:
     bits = torch.zeros(site.groups, dtype=torch.float64)
     bits[range(site.always_open) if site.always_open else [site.sizes.index(min(site.sizes))]] = 1
     return bits
-
-
-def end_sites(module: GatedSequential) -> tuple[int | None, int | None]:
-    """The sites of the channels that a sequence reads and writes, None for all."""
-    into, out = module.ends([torch.tensor(place) for place in range(len(module.sites))])
-    return None if into is None else int(into), None if out is None else int(out)
 
 
 def _alive(found: Sequence[Life], place: int) -> int:

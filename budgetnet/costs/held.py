@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from budgetnet.costs.additive import ChannelCost, EdgeCost, as_cost
-from budgetnet.costs.footprints import FLOAT, channel_table, end_sites, folded, least_open
+from budgetnet.costs.footprints import FLOAT, channel_table, folded, held_channels, least_open
 from budgetnet.gated import GatedSequential
+from budgetnet.streams import Stream
 from budgetnet.supernet import SuperNetwork
 
 INDEX = 8
@@ -22,21 +24,31 @@ class HeldChannels(ChannelCost):
 
     Attributes:
         into, out: sites of the channels that it reads and writes, None for all.
+        start, end: streams that it reads from and writes to, None where the node holds all channels.
     """
 
     into: int | None
     out: int | None
+    start: Stream | None
+    end: Stream | None
 
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units to the `(B,)` bytes of this edge, where it is used; differentiable."""
-        cost, bits = super().__call__(used), used[:, slice(*self.units)].to(torch.float64)
-        for site, all_of_them in ((self.into, False), (self.out, True)):
+        cost = super().__call__(used)
+        for _, count, held, all_of_them in self.moved(used):
+            cost = cost + torch.where(count.detach() < held.detach(), INDEX * (held if all_of_them else count), 0.0)
+        return cost
+
+    def moved(self, used: Tensor) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
+        """Of each end with a site that site, the `(B,)` channels open there and held by the node, and whether it writes.
+
+        Where the node holds more, those that are read are gathered, or those that are written scattered.
+        """
+        bits = used[:, slice(*self.units)].to(torch.float64)
+        for site, stream, writes in ((self.into, self.start, False), (self.out, self.end, True)):
             if site is not None:
                 sizes = self.sizes[:, site].to(bits.device)
-                count, channels = bits @ sizes, sizes.sum()
-                copied = channels if all_of_them else count
-                cost = cost + torch.where(count.detach() < channels, INDEX * copied, 0.0)
-        return cost
+                yield site, bits @ sizes, held_channels(stream, used, int(sizes.sum())), writes
 
 
 def held_bytes(network: SuperNetwork) -> EdgeCost:
@@ -49,20 +61,15 @@ def held_bytes(network: SuperNetwork) -> EdgeCost:
         as_cost([sum(bytes_of(folded(module)).values()) for module in network.activations]),
         "B",
         {
-            edge: held_channels(module, network.span(edge))
+            edge: channels_of_edge(module, network, edge)
             for edge, module in enumerate(edges)
             if isinstance(module, GatedSequential) and module.sites
         },
     )
 
 
-def held_channels(module: GatedSequential, units: tuple[int, int]) -> HeldChannels:
-    """The bytes of an edge by its open channels.
-
-    Args:
-        module: of the edge, folded.
-        units: first unit of its groups and the one behind the last.
-    """
+def channels_of_edge(module: GatedSequential, network: SuperNetwork, edge: int) -> HeldChannels:
+    """The bytes of an edge by its open channels; `module` is the edge's, folded."""
     none, sizes = len(module.sites), channel_table(module)
     channels = [site.channels for site in module.sites] + [1]
     terms: list[tuple[float, int, int]] = [(0.0, none, none)]
@@ -74,13 +81,14 @@ def held_channels(module: GatedSequential, units: tuple[int, int]) -> HeldChanne
             terms.append((size / (channels[into] * channels[out]), into, out))
     weights, reads, writes = zip(*terms, strict=True)
     return HeldChannels(
-        units,
+        network.span(edge),
         sizes,
         torch.tensor(weights, dtype=torch.float64),
         torch.tensor(reads),
         torch.tensor(writes),
         torch.cat([least_open(site) for site in module.sites]),
-        *end_sites(module),
+        *module.end_sites,
+        *map(network.stream_of, network.graph.edges[edge]),
     )
 
 

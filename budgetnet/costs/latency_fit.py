@@ -106,7 +106,8 @@ class LatencyFit:
             if isinstance(inside, ChannelTime)
         }
         self.times = EdgeCost(
-            self.network.graph, total("per_edge"), total("per_addition"), total("per_node"), "ms", channels
+            *(self.network.graph, total("per_edge"), total("per_addition"), total("per_node"), "ms", channels),
+            streams=self.network.streams,
         )
 
     def _space(self, quantile: str) -> str:
@@ -135,7 +136,9 @@ class LatencyFit:
 
         def part(kind: str) -> EdgeCost:
             none, still = torch.zeros(edges, dtype=torch.float64), torch.zeros(nodes, dtype=torch.float64)
-            empty = EdgeCost(network.graph, none, still, still.clone(), "ms", dict[int, ChannelTime]())
+            empty = EdgeCost(
+                *(network.graph, none, still, still.clone(), "ms", dict[int, ChannelTime]()), streams=network.streams
+            )
             return found.setdefault(kind, empty)
 
         for edge in modules.edges:

@@ -48,7 +48,7 @@ class Liveness:
     """
 
     def __init__(self, network: SuperNetwork) -> None:
-        self.graph = network.graph
+        self.graph, self.stream_of = network.graph, network.stream_of
         self.edges = footprints(network)
         self.nodes = [
             footprint(folded(module), shape) for module, shape in zip(network.activations, network.shapes, strict=True)
@@ -69,18 +69,32 @@ class Liveness:
         alive, beside = [], []
         held = {self.graph.source: none + self.size[self.graph.source]}
         for node in self.graph.order[1:]:
+            size, own = self.bytes(node, used), self.node(node, used)
             partial, begun = none, torch.zeros(count, dtype=torch.bool)  # bytes of the sum so far, if it has begun
             for edge in self.graph.incoming[node]:
                 here, part = columns[edge], prints[edge]
                 alive += [partial, partial, partial + here * part.held]
-                beside += [here * part.first, here * part.rest, torch.where(begun, here * self.size[node], none)]
-                value = torch.where(begun, here * self.size[node], here * part.held)
+                beside += [here * part.first, here * part.rest, torch.where(begun, here * size, none)]
+                value = torch.where(begun, here * size, here * part.held)
                 partial, begun = torch.where(on[edge], value, partial), begun | on[edge]
-            own, entered = self.nodes[node], begun.to(none)
+            entered = begun.to(none)
             alive += [partial, none]
             beside += [entered * own.first, entered * own.rest]
             held[node] = partial if own.passes else entered * own.held
         return Live(torch.stack([*alive, none]) + self._nodes(held, self._last(on, prints)), torch.stack(beside))
+
+    def bytes(self, node: int, used: Tensor) -> Tensor:
+        """`(B,)` bytes of a node's value where `(B, U)` float64 units are used."""
+        stream, size = self.stream_of(node), torch.full((len(used),), self.size[node], dtype=torch.float64)
+        return size if stream is None else size * stream.share(used)
+
+    def node(self, node: int, used: Tensor) -> Footprint:
+        """The footprint of a node's activation where `(B, U)` float64 units are used."""
+        own, stream = self.nodes[node], self.stream_of(node)
+        if stream is None:
+            return own
+        share = stream.share(used)
+        return Footprint(own.first * share, own.rest * share, own.held * share, own.passes)
 
     def _nodes(self, held: dict[int, Tensor], last: dict[int, Tensor]) -> Tensor:
         """`(P + 1, B)` bytes of nodes' values that are alive at each place."""

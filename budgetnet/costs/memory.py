@@ -13,7 +13,7 @@ from torch import Tensor
 
 from budgetnet.costs.additive import decided_once
 from budgetnet.costs.file_size import FileSize
-from budgetnet.costs.footprints import ChannelFootprint, end_sites, least_open
+from budgetnet.costs.footprints import ChannelFootprint, least_open
 from budgetnet.costs.held import held_bytes
 from budgetnet.costs.liveness import Liveness
 from budgetnet.errors import ConfigError
@@ -162,20 +162,21 @@ class MemoryCost:
         if isinstance(module, GatedSequential) and module.sites:
             units = range(*network.span(edge))
             least = [least_open(site) for site in module.sites]
-            ends = {site for site in end_sites(module) if site is not None}
+            ends = {site for site in module.end_sites if site is not None}
             choices = product(
                 *[(bits, torch.ones_like(bits)) if site in ends else (bits,) for site, bits in enumerate(least)]
             )
             groups = torch.stack([torch.cat(choice) for choice in choices])
             rows = rows.repeat(len(groups), 1)
             rows[:, units] = groups
+        rows[:, edge] = 1
         held = peak = torch.zeros(len(rows), dtype=torch.float64)
         if self.held is not None:
             inside = self.held.channels.get(edge)
             held = held + self.held.per_node[end] + (self.held.per_edge[edge] if inside is None else inside(rows))
         if self.liveness is not None:
-            part, own, before = self.liveness.edges[edge], self.liveness.nodes[end], self.liveness.size[start]
-            part = part(rows) if isinstance(part, ChannelFootprint) else part
+            part, own = self.liveness.edges[edge], self.liveness.node(end, rows)
+            part, before = part(rows) if isinstance(part, ChannelFootprint) else part, self.liveness.bytes(start, rows)
             behind = torch.where(torch.as_tensor(part.passes), before, torch.as_tensor(part.held))
             for each in (before + part.first, part.rest, behind + own.first, own.rest):
                 peak = torch.maximum(peak, torch.as_tensor(each, dtype=torch.float64))

@@ -160,6 +160,7 @@ class ScheduleCost:
                 continue
             idle, placement = idle.taken(runs, ready, work[:, None] / (self.speeds * self.scale))
             sent = (placement.worker[:, None] != there).to(torch.float64) * self.sent[task]
+            sent = sent if (share := self._share(task, used)) is None else sent * share[:, None]
             arrived[task] = torch.where(runs[:, None], placement.end[:, None] + sent, ready)
             placements[task] = placement
         return arrived[self.graph.sink].amin(dim=1), placements
@@ -198,7 +199,14 @@ class ScheduleCost:
             return entered * self.network.node_steps[task]
         if task == self.graph.source:
             return torch.zeros_like(inputs)
-        return (inputs - 1).clamp(min=0) * macs.per_addition[task] + entered * macs.per_node[task]
+        work = (inputs - 1).clamp(min=0) * macs.per_addition[task] + entered * macs.per_node[task]
+        return work if (share := self._share(task, used)) is None else work * share
+
+    def _share(self, task: int, used: Tensor) -> Tensor | None:
+        """`(B,)` share of the channels that a task's result has where it is part of a stream, None for all."""
+        nodes = len(self.graph.nodes)
+        stream = self.network.stream_of(task if task < nodes else self.graph.edges[task - nodes][1])
+        return None if stream is None else stream.share(used)
 
     def _by_rank(self) -> tuple[int, ...]:
         """The tasks by the longest way from them to the output in the full network; equal ones in their order."""

@@ -122,14 +122,15 @@ class TransferCost:
         columns, live = used.t(), self.liveness
         spent, places, before = torch.zeros(len(used), dtype=torch.float64), list[int](), list[Tensor]()
         for node in self.graph.order[1:]:
-            begun = torch.zeros_like(spent)
+            begun, stream = torch.zeros_like(spent), self.network.stream_of(node)
+            share = 1.0 if stream is None else stream.share(used)
             for edge in self.graph.incoming[node]:
                 inside = self.macs.channels.get(edge)
                 places += [live.at[edge], live.at[edge] + 2]
                 before.append(spent)
                 spent = spent + columns[edge] * (self.macs.per_edge[edge] if inside is None else inside(used))
                 before.append(spent)
-                spent = spent + begun * columns[edge] * self.macs.per_addition[node]
+                spent = spent + begun * columns[edge] * self.macs.per_addition[node] * share
                 begun = torch.maximum(begun, columns[edge])
             places.append(live.behind[node])
             before.append(spent)

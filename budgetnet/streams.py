@@ -1,0 +1,153 @@
+"""Nodes that hold fewer channels than their shape says, as nothing but gated layers writes them and reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from budgetnet.gated import KEEPS_ZERO, ChannelGate, GatedSequential
+from budgetnet.graph import Graph, both, either
+
+
+@dataclass(frozen=True)
+class End:
+    """Where an edge writes to a stream, or reads from it.
+
+    Attributes:
+        edge: whose module it is.
+        units: first unit of the site that decides on the channels there, and the one behind the last.
+        sizes: channels of each group of that site.
+        gates: what ends have in common that the same gates decide on.
+    """
+
+    edge: int
+    units: tuple[int, int]
+    sizes: tuple[int, ...]
+    gates: str
+
+    def opened(self, used: Tensor) -> Tensor:
+        """`(B, U)` used units to the `(B, C)` channels that are open here, 0 where the edge is not used."""
+        groups = both(used[:, slice(*self.units)], used[:, [self.edge]])
+        return groups.repeat_interleave(torch.tensor(self.sizes, device=used.device), dim=1)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Nodes joined by identities that else only gated layers enter and leave: all hold the channels that these open.
+
+    A channel that nobody reads is not written, one that nobody writes is not read, and what is left is all there is:
+    only where the ends open different channels are some gathered before a layer, or scattered behind it.
+
+    Attributes:
+        nodes: of the graph.
+        channels: C, of each node with all groups open.
+        writers, readers: of the stream.
+    """
+
+    nodes: frozenset[int]
+    channels: int
+    writers: tuple[End, ...]
+    readers: tuple[End, ...]
+
+    def live(self, used: Tensor) -> Tensor:
+        """Closes what is written and not read, or read and not written, in `(B, U)` units; differentiable.
+
+        Where nothing would be left of an end it stays as it is: a layer makes something even of zeros.
+        """
+        found = used.clone()
+        for ends, others in ((self.writers, self.readers), (self.readers, self.writers)):
+            for end in ends:
+                # the same gates open and close both ends: there it is enough that the other edge is used
+                across = _any(others, lambda other, end=end: self._across(other, end, used))
+                matters = torch.stack([part.amax(dim=1) for part in across.split(end.sizes, dim=1)], dim=1)
+                groups = used[:, slice(*end.units)]
+                left = both(groups, matters)
+                some = (left.detach() > 0).any(dim=1, keepdim=True)
+                found[:, slice(*end.units)] = torch.where(some, left, groups)
+        return found
+
+    def held(self, used: Tensor) -> Tensor:
+        """`(B, C)` channels that the nodes hold where `(B, U)` units, of which `live` has left what matters, are used."""
+        return _any((*self.writers, *self.readers), lambda end: end.opened(used))
+
+    def share(self, used: Tensor) -> Tensor:
+        """`(B,)` float64 share of the channels that the nodes hold; differentiable."""
+        return self.held(used).to(torch.float64).mean(dim=1)
+
+    def _across(self, other: End, end: End, used: Tensor) -> Tensor:
+        return used[:, [other.edge]].expand(-1, self.channels) if other.gates == end.gates else other.opened(used)
+
+
+def _any(ends: Iterable[End], opened: Callable[[End], Tensor]) -> Tensor:
+    """What any of the ends opens; those of the same gates count once, so that products stay linear in each gate."""
+    alike: dict[str, list[Tensor]] = {}
+    for end in ends:
+        alike.setdefault(end.gates, []).append(opened(end))
+    return reduce(either, [torch.stack(each).amax(dim=0) for each in alike.values()])
+
+
+def streams(
+    graph: Graph,
+    modules: Sequence[nn.Module],
+    activations: Sequence[nn.Module],
+    channels: Sequence[int],
+    units: Sequence[int],
+) -> tuple[Stream, ...]:
+    """The streams of a network whose gates do not look at the input.
+
+    Args:
+        graph: its E edges and N nodes.
+        modules: on the edges.
+        activations: of the nodes.
+        channels: of each node.
+        units: of each edge the first unit of its channel groups.
+    """
+    group = list(range(len(graph.nodes)))  # nodes joined by identities have one number
+    for (start, end), module in zip(graph.edges, modules, strict=True):
+        if isinstance(module, nn.Identity):
+            group = [group[start] if each == group[end] else each for each in group]
+    wide = {group[node] for node in (graph.source, graph.sink)}
+    wide |= {group[node] for node, layer in enumerate(activations) if type(layer) not in KEEPS_ZERO}
+    ends: dict[tuple[int, bool], list[End]] = {}
+    for edge, module in enumerate(modules):
+        for node, reads in zip(graph.edges[edge], (True, False), strict=True):
+            if isinstance(module, nn.Identity):
+                continue
+            end = _end(edge, module, units[edge], reads=reads)
+            if end is None or sum(end.sizes) != channels[node]:
+                wide.add(group[node])
+            else:
+                ends.setdefault((group[node], reads), []).append(end)
+    return tuple(
+        Stream(
+            frozenset(node for node, each in enumerate(group) if each == number),
+            channels[number],
+            tuple(ends[number, False]),
+            tuple(ends[number, True]),
+        )
+        for number in dict.fromkeys(group)
+        if number not in wide
+    )
+
+
+def _end(edge: int, module: nn.Module, unit: int, *, reads: bool) -> End | None:
+    """Where a module reads its input, or writes its output, None where it does so with all channels.
+
+    A layer that makes something of a channel of zeros before channels are mixed reads all of them, too. So does a site
+    whose groups differ in size: the first one has to be its smallest, which is what stays open where little does.
+    """
+    if not isinstance(module, GatedSequential) or (place := module.end_sites[0 if reads else 1]) is None:
+        return None
+    mixing = [layer.index for layer in module.layout if layer.mixes]
+    if not mixing:  # it reads the channels that it writes
+        return None
+    site, ahead = module.sites[place], [layer for layer in list(module)[: mixing[0]] if not isinstance(layer, ChannelGate)]
+    if len(set(site.sizes)) > 1 or (reads and not all(isinstance(layer, KEEPS_ZERO) for layer in ahead)):
+        return None
+    first = unit + sum(other.groups for other in module.sites[:place])
+    gates = f"{edge} {place}" if site.lock is None else f"locked {site.lock}"
+    return End(edge, (first, first + site.groups), tuple(site.sizes), gates)
