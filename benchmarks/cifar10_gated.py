@@ -64,6 +64,7 @@ GATED = {
     "pruned taught": Gated({}, {"distillation": 1.0}),
     "conditional": Gated({"conditional": True}, {"noiseless": 0.7}),
     "conditional layers": Gated({"conditional": True, "gates": "layers"}, {"noiseless": 0.7}),
+    "pruned streams": Gated({"where": "stream"}),
     "layers": Gated({"gates": "layers"}),
     "blocks and eights": Gated({"gates": "both", "granularity": 8}),
     "blocks and eights timed": Gated({"gates": "both", "granularity": 8}, in_time="latency[batch=64]"),
@@ -71,7 +72,7 @@ GATED = {
     "per-gate loss": Gated({}, {"penalty": "per-gate"}),
     "conditional per-gate": Gated({"conditional": True}, {"noiseless": 0.7, "penalty": "per-gate"}),
 }
-"""The wide one may take up to twice the hidden channels; of the taught one the full network learns beside it to the
+"""The wide one may take up to twice the hidden channels, that of streams cuts also the channels between the blocks; of the taught one the full network learns beside it to the
 end, which its seconds show; gates that look at the input have noise until the limit is in full force; "batch
 activation" is Eq. 1 of Herrmann et al., where "pruned" has a price on what exceeds the limit."""
 IN_TIME = 0.8

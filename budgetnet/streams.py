@@ -137,8 +137,8 @@ def streams(
 def _end(edge: int, module: nn.Module, unit: int, *, reads: bool) -> End | None:
     """Where a module reads its input, or writes its output, None where it does so with all channels.
 
-    A layer that makes something of a channel of zeros before channels are mixed reads all of them, too. So does a site
-    whose groups differ in size: the first one has to be its smallest, which is what stays open where little does.
+    A layer that makes something of a channel of zeros before channels are mixed reads all of them, too. And where little
+    is open at every end, a channel has to be open at all: the first group stays open, or is among the smallest.
     """
     if not isinstance(module, GatedSequential) or (place := module.end_sites[0 if reads else 1]) is None:
         return None
@@ -146,7 +146,7 @@ def _end(edge: int, module: nn.Module, unit: int, *, reads: bool) -> End | None:
     if not mixing:  # it reads the channels that it writes
         return None
     site, ahead = module.sites[place], [layer for layer in list(module)[: mixing[0]] if not isinstance(layer, ChannelGate)]
-    if len(set(site.sizes)) > 1 or (reads and not all(isinstance(layer, KEEPS_ZERO) for layer in ahead)):
+    if (len(set(site.sizes)) > 1 and not site.always_open) or (reads and not all(isinstance(layer, KEEPS_ZERO) for layer in ahead)):
         return None
     first = unit + sum(other.groups for other in module.sites[:place])
     gates = f"{edge} {place}" if site.lock is None else f"locked {site.lock}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from torch import nn
 
@@ -16,8 +17,20 @@ from budgetnet.supernet import Edge
 
 Granularity = int | tuple[int, ...] | str
 
-ENDS: dict[str, tuple[str, ...]] = {"hidden": (), "output": ("output",), "ends": ("input", "output")}
+ENDS: dict[str, tuple[str, ...]] = {"hidden": (), "output": ("output",), "ends": ("input", "output"), "stream": ("input", "output")}
 """Of each `where` the sites at a branch's ends: it reads from and writes to what its shortcut passes on unchanged."""
+
+
+class Stream(NamedTuple):
+    """What the branches and shortcuts of a group add to.
+
+    Attributes:
+        name: of its gates.
+        granularity: channels that each controls.
+    """
+
+    name: str
+    granularity: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +42,13 @@ class Gating:
             "both", or "none".
         where: the channels that have gates, "hidden": those between the branch's convolutions;
             "output": also those it writes to its output; "ends": also those it reads from its
-            input, while the shortcut keeps all of them (S1.3, Figure 2).
+            input, while the shortcut keeps all of them (S1.3, Figure 2); "stream": those that the branches and shortcuts
+            of a group add to, too, one gate for all of them, so that what is left of the group is narrower as a whole.
         conditional: gates look at the input of their branch.
         logits: learned for each gate: 1, or 2 of which the difference counts (section 3.2).
         memory: the conditional gates of a branch see each other's tentative decisions (S1.3).
         lock: identical branches share the gates of corresponding channels, at every site (S1.3); those that look at
-            the input look at that of the first branch.
+            the input look at that of the first branch. Independent ones at the "ends" are then those of a "stream".
         always_open: groups, the first ones, of each site that no gate closes where the branch has no shortcut (4.2).
 
     Raises:
@@ -67,6 +81,8 @@ class Gating:
             raise ConfigError(f"lock of gates that look at the input needs gates on channels alone, got {self.gates}")
         if self.lock and not self.channels:
             raise ConfigError(f"lock needs gates on channels: channels or both, got {self.gates}")
+        if self.where == "stream" and self.conditional:
+            raise ConfigError("where stream is of gates that do not look at the input, got conditional ones")
         if self.always_open > 1 and not self.channels:
             raise ConfigError(f"always_open is of gates on channels: channels or both, got {self.gates}")
 
@@ -79,6 +95,17 @@ class Gating:
     def layers(self) -> bool:
         """Whether whole branches have gates."""
         return self.gates in ("layers", "both")
+
+    @property
+    def streams(self) -> bool:
+        """Whether the branches of a group read and write the same channels."""
+        return self.channels and (self.where == "stream" or (self.where == "ends" and self.lock and not self.conditional))
+
+    def of_stream(self, name: str, channels: int, stream: Stream) -> ChannelGate:
+        """The gate of that name on the channels of a stream, which all its gates share; some of its groups stay open."""
+        return ChannelGate(
+            channels, stream.granularity, always_open=self.always_open, lock=f"{stream.name}.stream", name=name
+        )
 
     def site(
         self, name: str, channels: int, granularity: int, *, shortcut: bool = True, alike: str | None = None

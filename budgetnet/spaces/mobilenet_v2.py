@@ -6,7 +6,8 @@ from torch import nn
 
 from budgetnet.blocks import conv_layers, pooled_classifier
 from budgetnet.checks import Size, at_least, image_shape, one_of, positive
-from budgetnet.spaces.gating import Gating, Granularity, granularities
+from budgetnet.gated import GatedSequential
+from budgetnet.spaces.gating import Gating, Granularity, Stream, granularities
 from budgetnet.supernet import Edge, Node, SuperNetwork
 
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -58,7 +59,8 @@ def mobilenet_v2(
         strides: "imagenet", 32 in all; "cifar", 8 in all: the first convolution and the second stage keep the size.
         gates: "channels", "layers", "both" or "none".
         granularity: channels a gate controls, one number or one for each of the seven stages; "paper": `PAPER`.
-        where: the "hidden" (expanded) channels, those of the block's "output" as well, or of both its "ends".
+        where: the "hidden" (expanded) channels, those of the block's "output" as well, or of both its "ends"; "stream":
+            hidden ones and those that all blocks of a stage add to, so that the stage becomes narrower.
         always_open: groups of each site that are always open in blocks without a shortcut, at least the papers' 1.
         conditional: gates look at the input of their block.
         logits: learned for each gate, 1 or 2.
@@ -97,7 +99,8 @@ def mobilenet_v2(
     first = nn.Sequential(*conv_layers(in_channels, into, stride=1 if small else 2, activation=nn.ReLU6()))
     edges = [Edge(start="x", end="stem", module=first, name="input", kind="input", fixed=True)]
     nodes = [Node(name="stem", position=(0, 0))]
-    start = "stem"
+    independent_ends = gating.channels and where == "ends" and not conditional
+    start, stream = "stem", Stream("stem", sizes[0][2])
     for stage, (expansion, channels, blocks, stage_stride) in enumerate(STAGES):
         out = rounded(channels * width)
         for block in range(blocks):
@@ -105,7 +108,11 @@ def mobilenet_v2(
             stride = stage_stride if block == 0 and not (small and stage == 1) else 1
             shortcut = (into, stride) == (out, 1)
             alike = f"s{stage}" if shortcut else None
-            layers = inverted_residual((into, out), expansion, stride, gating, sizes[stage], alike)
+            before, stream = stream, stream if shortcut else Stream(f"s{stage}", sizes[stage][2])
+            # what the convolution behind all blocks reads is a stream of one writer
+            behind = stream if gating.streams or (independent_ends and stage == len(STAGES) - 1) else None
+            at_ends = before if gating.streams else None, behind
+            layers = inverted_residual((into, out), expansion, stride, gating, sizes[stage], alike, at_ends)
             if shortcut:
                 edges.append(
                     Edge(start=start, end=end, module=nn.Identity(), name=f"{end}.skip", kind="identity", fixed=True)
@@ -115,6 +122,8 @@ def mobilenet_v2(
             start, into = end, out
     top = rounded(1280 * max(1.0, width))
     last = nn.Sequential(*conv_layers(into, top, kernel=1, activation=nn.ReLU6()))
+    if gating.streams or independent_ends:
+        last = GatedSequential(gating.of_stream("input", into, stream), *last)
     edges += [
         Edge(start=start, end="last", module=last, name="last", kind="block", fixed=True),
         Edge(start="last", end="y", module=pooled_classifier(top, classes), name="output", kind="output", fixed=True),
@@ -139,20 +148,31 @@ def inverted_residual(
     gating: Gating,
     granularity: tuple[int, ...],
     alike: str | None,
+    streams: tuple[Stream | None, Stream | None],
 ) -> list[nn.Module]:
-    """The layers of a block of `widths` (into, out), with its gates; `alike` as in `Gating.site`, None: no shortcut."""
+    """The layers of a block of `widths` (into, out), with its gates.
+
+    `alike` as in `Gating.site`, None where there is no shortcut; `streams`: that it reads and writes, None where its
+    gates are its own.
+    """
     into, out = widths
     hidden = into * expansion
     shortcut = alike is not None
     at_input, at_expanded, at_output = granularity
+
+    def end(name: str, channels: int, granularity: int, stream: Stream | None) -> list[nn.Module]:
+        if stream is not None:
+            return [gating.of_stream(name, channels, stream)]
+        return gating.site(name, channels, granularity, shortcut=shortcut, alike=alike)
+
     layers: list[nn.Module] = []
     if expansion > 1:
-        layers += gating.site("input", into, at_input, shortcut=shortcut, alike=alike)
+        layers += end("input", into, at_input, streams[0])
         layers += conv_layers(into, hidden, kernel=1, activation=nn.ReLU6())
     layers += conv_layers(hidden, hidden, stride=stride, groups=hidden, activation=nn.ReLU6())
     layers += gating.site("expanded", hidden, at_expanded, shortcut=shortcut, alike=alike)
     layers += conv_layers(hidden, out, kernel=1)
-    return layers + gating.site("output", out, at_output, shortcut=shortcut, alike=alike)
+    return layers + end("output", out, at_output, streams[1])
 
 
 def rounded(channels: float) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from budgetnet.blocks import conv_layers, padded_identity, pooled_classifier
 from budgetnet.checks import Size, at_least, image_shape, one_of, positive
 from budgetnet.errors import ConfigError
-from budgetnet.spaces.gating import Gating, Granularity, granularities
+from budgetnet.gated import GatedSequential
+from budgetnet.spaces.gating import Gating, Granularity, Stream, granularities
 from budgetnet.supernet import Edge, Node, SuperNetwork
 
 IMAGENET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -53,7 +56,8 @@ def resnet(
         gates: "channels", "layers", "both" or "none".
         granularity: channels a gate controls, one number or one for each group; "paper" for depth 50 and
             101: 16, 32, 64, 128 where a branch ends and half that inside (section 4.2).
-        where: "hidden" channels of the branch, those of its "output" as well, or of both its "ends".
+        where: "hidden" channels of the branch, those of its "output" as well, or of both its "ends"; "stream": hidden
+            ones and those that all branches and shortcuts of a group add to, so that the group becomes narrower.
         conditional: gates look at the input of their block.
         logits: learned for each gate, 1 or 2.
         memory: conditional gates of a block see each other's tentative decisions.
@@ -81,11 +85,10 @@ def resnet(
     gating = Gating(gates=gates, where=where, conditional=conditional, logits=logits, memory=memory, lock=lock)
     sizes = group_granularities(granularity, len(blocks), bottleneck=bottleneck)
 
-    edges = [
-        Edge(
-            start="x", end="stem", module=stem(in_channels, channels, imagenet), name="input", kind="input", fixed=True
-        )
-    ]
+    first, stream = stem(in_channels, channels, imagenet), Stream("stem", sizes[0][1])
+    if gating.streams:
+        first = GatedSequential(*first, gating.of_stream("output", channels, stream))
+    edges = [Edge(start="x", end="stem", module=first, name="input", kind="input", fixed=True)]
     nodes = [Node(name="stem", position=(0, 0))]
     start, into = "stem", channels
     for group, count in enumerate(blocks):
@@ -94,11 +97,18 @@ def resnet(
         for block in range(count):
             end, stride = f"g{group}.{block}", 2 if group > 0 and block == 0 else 1
             alike = f"g{group}" if (into, stride) == (out, 1) else None
-            layers = branch((into, hidden, out), stride, bottleneck, gating, sizes[group], alike)
-            edges += [beside(start, end, (into, out), stride, shortcut), gating.edge(start, end, layers)]
+            before, stream = stream, stream if alike else Stream(f"g{group}", sizes[group][1])
+            layers = branch((into, hidden, out), stride, bottleneck, gating, sizes[group], alike, (before, stream))
+            edge = beside(start, end, (into, out), stride, shortcut)
+            if gating.streams and edge.kind == "projection":
+                at_ends = gating.of_stream("input", into, before), gating.of_stream("output", out, stream)
+                edge = replace(edge, module=GatedSequential(at_ends[0], *edge.module.children(), at_ends[1]))
+            edges += [edge, gating.edge(start, end, layers)]
             nodes.append(Node(name=end, activation=nn.ReLU(), position=(len(nodes), group)))
             start, into = end, out
-    head = pooled_classifier(into, classes)
+    head: nn.Sequential = pooled_classifier(into, classes)
+    if gating.streams:
+        head = GatedSequential(gating.of_stream("input", into, stream), *head)
     edges.append(Edge(start=start, end="y", module=head, name="output", kind="output", fixed=True))
     return SuperNetwork(
         edges,
@@ -128,7 +138,7 @@ def group_granularities(given: Granularity, groups: int, *, bottleneck: bool) ->
     return [(size, size) for size in granularities(given, groups, "group", paper=bottleneck)]
 
 
-def stem(in_channels: int, channels: int, imagenet: bool) -> nn.Module:
+def stem(in_channels: int, channels: int, imagenet: bool) -> nn.Sequential:
     """What stands before the first block: a 3x3 convolution, or a 7x7 one of stride 2 and a max-pool."""
     if not imagenet:
         return nn.Sequential(*conv_layers(in_channels, channels, activation=nn.ReLU()))
@@ -143,11 +153,18 @@ def branch(
     gating: Gating,
     granularity: tuple[int, int],
     alike: str | None,
+    streams: tuple[Stream, Stream],
 ) -> list[nn.Module]:
-    """The layers of a residual branch of `widths` (into, hidden, out), with gates behind each convolution."""
+    """The layers of a residual branch of `widths` (into, hidden, out), with gates behind each convolution; `streams`: read, written."""
     into, hidden, out = widths
     inside, ends = granularity
-    layers = gating.site("input", into, ends, alike=alike)
+
+    def end(name: str, channels: int, stream: Stream) -> list[nn.Module]:
+        if gating.streams:
+            return [gating.of_stream(name, channels, stream)]
+        return gating.site(name, channels, ends, alike=alike)
+
+    layers = end("input", into, streams[0])
     if bottleneck:
         layers += conv_layers(into, hidden, kernel=1, activation=nn.ReLU())
         layers += gating.site("hidden0", hidden, inside, alike=alike)
@@ -158,7 +175,7 @@ def branch(
         layers += conv_layers(into, hidden, stride=stride, activation=nn.ReLU())
         layers += gating.site("hidden0", hidden, inside, alike=alike)
         layers += conv_layers(hidden, out)
-    return layers + gating.site("output", out, ends, alike=alike)
+    return layers + end("output", out, streams[1])
 
 
 def beside(start: str, end: str, widths: tuple[int, int], stride: int, shortcut: str) -> Edge:
