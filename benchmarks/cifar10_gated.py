@@ -72,9 +72,10 @@ GATED = {
     "per-gate loss": Gated({}, {"penalty": "per-gate"}),
     "conditional per-gate": Gated({"conditional": True}, {"noiseless": 0.7, "penalty": "per-gate"}),
 }
-"""The wide one may take up to twice the hidden channels, that of streams cuts also the channels between the blocks; of the taught one the full network learns beside it to the
-end, which its seconds show; gates that look at the input have noise until the limit is in full force; "batch
-activation" is Eq. 1 of Herrmann et al., where "pruned" has a price on what exceeds the limit."""
+"""The wide one may take up to twice the hidden channels, that of streams also cuts those between the blocks; of the
+taught one the full network learns beside it to the end, which its seconds show; gates that look at the input have noise
+until the limit is in full force; "batch activation" is Eq. 1 of Herrmann et al., where "pruned" has a price on what
+exceeds the limit."""
 IN_TIME = 0.8
 KINDS = (*GATED, "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
 DENSE_EPOCHS = 2 / 3

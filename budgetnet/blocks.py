@@ -111,7 +111,7 @@ def upsample_conv(channels: int) -> nn.Module:
     return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), *conv_bn(channels, channels).children())
 
 
-def pooled_classifier(channels: int, classes: int) -> nn.Module:
+def pooled_classifier(channels: int, classes: int) -> nn.Sequential:
     """Global average pooling and a linear layer: `(B, channels, H, W)` to `(B, classes)` logits."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 

@@ -100,11 +100,12 @@ class Scope:
             weights: in place of its own, by the names that they have in the exported module.
         """
         names, sizes = dict(zip(piece.inputs, inputs, strict=True)), dict[str, int]()
+        flat = flattened(piece, weights or {})
         for weight in piece.weights:
-            new, own = onnx.TensorProto(), (weights or {}).get(weight.name.split(".", 2)[-1])
+            new, own = onnx.TensorProto(), flat.get(weight.name, (weights or {}).get(weight.name.split(".", 2)[-1]))
             if own is not None and len(own) != weight.dims[0]:
                 sizes[weight.name] = len(own)
-            new.CopyFrom(weight if own is None else numpy_helper.from_array(own.detach().cpu().float().numpy()))
+            new.CopyFrom(weight if own is None else numpy_helper.from_array(array_of(own)))
             new.name = names[weight.name] = f"weight_{next(self.names)}"
             self.weights.append(new)
         for node in piece.nodes:
@@ -133,6 +134,29 @@ class Scope:
             value = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
             graphs.append(helper.make_graph(scope.nodes, f"branch_{next(self.names)}", [], [value], scope.weights))
         return self.node("If", [condition], then_branch=graphs[0], else_branch=graphs[1])
+
+
+def flattened(piece: Piece, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By their names the shapes to which values are flattened for a linear layer, where it reads fewer channels."""
+    known = {weight.name: weight for weight in piece.weights}
+    found: dict[str, Tensor] = {}
+    reads: dict[str, int] = {}
+    for node in reversed(piece.nodes):
+        if node.op_type == "Gemm":
+            own = weights.get(node.input[1].split(".", 2)[-1])
+            if own is not None and own.shape[1] != known[node.input[1]].dims[1]:
+                reads[node.input[0]] = own.shape[1]
+        elif node.op_type == "Reshape" and node.output[0] in reads:
+            shape = numpy_helper.to_array(known[node.input[1]])
+            found[node.input[1]] = torch.tensor([*shape[:-1].tolist(), reads[node.output[0]]])
+    return found
+
+
+def array_of(value: Tensor) -> np.ndarray[Any, Any]:
+    """The numbers of a tensor, in float32 where they are no whole ones."""
+    value = value.detach().cpu()
+    array: np.ndarray[Any, Any] = (value.float() if value.is_floating_point() else value).numpy()
+    return array
 
 
 class Pieces(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,8 @@ class Stream:
         for ends, others in ((self.writers, self.readers), (self.readers, self.writers)):
             for end in ends:
                 # the same gates open and close both ends: there it is enough that the other edge is used
-                across = _any(others, lambda other, end=end: self._across(other, end, used))
-                matters = torch.stack([part.amax(dim=1) for part in across.split(end.sizes, dim=1)], dim=1)
+                across = _any(others, partial(self._across, end=end, used=used))
+                matters = torch.stack([part.amax(dim=1) for part in torch.split(across, list(end.sizes), dim=1)], dim=1)
                 groups = used[:, slice(*end.units)]
                 left = both(groups, matters)
                 some = (left.detach() > 0).any(dim=1, keepdim=True)
@@ -71,8 +71,9 @@ class Stream:
         return found
 
     def held(self, used: Tensor) -> Tensor:
-        """`(B, C)` channels that the nodes hold where `(B, U)` units, of which `live` has left what matters, are used."""
-        return _any((*self.writers, *self.readers), lambda end: end.opened(used))
+        """`(B, C)` channels that the nodes hold where `(B, U)` units are used, those that `live` has left."""
+        written, read = _any(self.writers, lambda end: end.opened(used)), _any(self.readers, lambda end: end.opened(used))
+        return torch.where(written.detach() > 0, written, read)  # what is read is written, but where nothing would be left
 
     def share(self, used: Tensor) -> Tensor:
         """`(B,)` float64 share of the channels that the nodes hold; differentiable."""
@@ -117,11 +118,11 @@ def streams(
         for node, reads in zip(graph.edges[edge], (True, False), strict=True):
             if isinstance(module, nn.Identity):
                 continue
-            end = _end(edge, module, units[edge], reads=reads)
-            if end is None or sum(end.sizes) != channels[node]:
+            found = _end(edge, module, units[edge], reads=reads)
+            if found is None or sum(found.sizes) != channels[node]:
                 wide.add(group[node])
             else:
-                ends.setdefault((group[node], reads), []).append(end)
+                ends.setdefault((group[node], reads), []).append(found)
     return tuple(
         Stream(
             frozenset(node for node, each in enumerate(group) if each == number),
@@ -137,16 +138,21 @@ def streams(
 def _end(edge: int, module: nn.Module, unit: int, *, reads: bool) -> End | None:
     """Where a module reads its input, or writes its output, None where it does so with all channels.
 
-    A layer that makes something of a channel of zeros before channels are mixed reads all of them, too. And where little
-    is open at every end, a channel has to be open at all: the first group stays open, or is among the smallest.
+    A layer that makes something of a channel of zeros before channels are mixed reads all of them, too. And
+    where little is open, a channel has to be open at all ends: the first group stays open, or is among the smallest.
     """
     if not isinstance(module, GatedSequential) or (place := module.end_sites[0 if reads else 1]) is None:
         return None
     mixing = [layer.index for layer in module.layout if layer.mixes]
     if not mixing:  # it reads the channels that it writes
         return None
-    site, ahead = module.sites[place], [layer for layer in list(module)[: mixing[0]] if not isinstance(layer, ChannelGate)]
-    if (len(set(site.sizes)) > 1 and not site.always_open) or (reads and not all(isinstance(layer, KEEPS_ZERO) for layer in ahead)):
+    site, ahead = (
+        module.sites[place],
+        [layer for layer in list(module)[: mixing[0]] if not isinstance(layer, ChannelGate)],
+    )
+    if (len(set(site.sizes)) > 1 and not site.always_open) or (
+        reads and not all(isinstance(layer, KEEPS_ZERO) for layer in ahead)
+    ):
         return None
     first = unit + sum(other.groups for other in module.sites[:place])
     gates = f"{edge} {place}" if site.lock is None else f"locked {site.lock}"

@@ -486,11 +486,13 @@ def locked() -> SuperNetwork:
     return SuperNetwork(edges, input_shape=(2, 2, 2))
 
 
-@pytest.mark.parametrize(("where", "gathers"), [("hidden", False), ("ends", True)])
-def test_locked_hidden_channels_leave_a_dense_network(where: str, gathers: bool):
-    """One that gathers no channels, unlike gates where a branch reads and writes what its shortcut passes on."""
-    network = resnet(depth=14, channels=8, in_channels=1, image_size=8, granularity=4, where=where, lock=True)
-    assert network.gate_count < network.units - len(network.graph.edges)
+@pytest.mark.parametrize(
+    ("where", "lock", "gathers"),
+    [("hidden", True, False), ("ends", False, True), ("ends", True, False), ("stream", False, False)],
+)
+def test_locked_channels_leave_a_dense_network(where: str, lock: bool, gathers: bool):
+    """One that gathers no channels, unlike gates of each branch on what its shortcut passes on."""
+    network = resnet(depth=14, channels=8, in_channels=1, image_size=8, granularity=4, where=where, lock=lock)
     plain = extract(network, torch.arange(network.gate_count).remainder(2).float()[None])
     assert (torch.index_select in {node.target for node in plain.graph.nodes}) == gathers
 

@@ -10,7 +10,20 @@ import pytest
 import budgetnet
 
 LAYERS = (
-    *("errors", "checks", "version", "files", "graph", "sites", "blocks", "gated", "streams", "choices", "rows", "shapes"),
+    *(
+        "errors",
+        "checks",
+        "version",
+        "files",
+        "graph",
+        "sites",
+        "blocks",
+        "gated",
+        "streams",
+        "choices",
+        "rows",
+        "shapes",
+    ),
     *("supernet", "spaces", "weights", "extraction", "timing", "export", "onnx_pieces", "assembly", "costs"),
     *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
     *("projection", "selection", "runs", "building", "architectures", "measure"),

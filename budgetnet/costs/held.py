@@ -40,7 +40,7 @@ class HeldChannels(ChannelCost):
         return cost
 
     def moved(self, used: Tensor) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
-        """Of each end with a site that site, the `(B,)` channels open there and held by the node, and whether it writes.
+        """Of each end with a site: that site, `(B,)` channels open there and held by the node, and whether it writes.
 
         Where the node holds more, those that are read are gathered, or those that are written scattered.
         """

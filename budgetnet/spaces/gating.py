@@ -17,7 +17,12 @@ from budgetnet.supernet import Edge
 
 Granularity = int | tuple[int, ...] | str
 
-ENDS: dict[str, tuple[str, ...]] = {"hidden": (), "output": ("output",), "ends": ("input", "output"), "stream": ("input", "output")}
+ENDS: dict[str, tuple[str, ...]] = {
+    "hidden": (),
+    "output": ("output",),
+    "ends": ("input", "output"),
+    "stream": ("input", "output"),
+}
 """Of each `where` the sites at a branch's ends: it reads from and writes to what its shortcut passes on unchanged."""
 
 
@@ -42,8 +47,8 @@ class Gating:
             "both", or "none".
         where: the channels that have gates, "hidden": those between the branch's convolutions;
             "output": also those it writes to its output; "ends": also those it reads from its
-            input, while the shortcut keeps all of them (S1.3, Figure 2); "stream": those that the branches and shortcuts
-            of a group add to, too, one gate for all of them, so that what is left of the group is narrower as a whole.
+            input, while the shortcut keeps all of them (S1.3, Figure 2); "stream": also those that the branches and
+            shortcuts of a group add to, one gate for all of them, so that what is left of the group is narrower.
         conditional: gates look at the input of their branch.
         logits: learned for each gate: 1, or 2 of which the difference counts (section 3.2).
         memory: the conditional gates of a branch see each other's tentative decisions (S1.3).
@@ -99,10 +104,12 @@ class Gating:
     @property
     def streams(self) -> bool:
         """Whether the branches of a group read and write the same channels."""
-        return self.channels and (self.where == "stream" or (self.where == "ends" and self.lock and not self.conditional))
+        return self.channels and (
+            self.where == "stream" or (self.where == "ends" and self.lock and not self.conditional)
+        )
 
     def of_stream(self, name: str, channels: int, stream: Stream) -> ChannelGate:
-        """The gate of that name on the channels of a stream, which all its gates share; some of its groups stay open."""
+        """The gate of that name on the channels of a stream, which all its gates share; some groups stay open."""
         return ChannelGate(
             channels, stream.granularity, always_open=self.always_open, lock=f"{stream.name}.stream", name=name
         )

@@ -106,7 +106,7 @@ def resnet(
             edges += [edge, gating.edge(start, end, layers)]
             nodes.append(Node(name=end, activation=nn.ReLU(), position=(len(nodes), group)))
             start, into = end, out
-    head: nn.Sequential = pooled_classifier(into, classes)
+    head = pooled_classifier(into, classes)
     if gating.streams:
         head = GatedSequential(gating.of_stream("input", into, stream), *head)
     edges.append(Edge(start=start, end="y", module=head, name="output", kind="output", fixed=True))
@@ -155,7 +155,7 @@ def branch(
     alike: str | None,
     streams: tuple[Stream, Stream],
 ) -> list[nn.Module]:
-    """The layers of a residual branch of `widths` (into, hidden, out), with gates behind each convolution; `streams`: read, written."""
+    """The layers of a branch of `widths` (into, hidden, out), gates behind convolutions; `streams`: read, written."""
     into, hidden, out = widths
     inside, ends = granularity
 
