@@ -11,7 +11,7 @@ import budgetnet
 
 LAYERS = (
     *("errors", "checks", "version", "files", "graph", "sites", "blocks", "gated", "choices", "rows", "shapes"),
-    *("supernet", "spaces", "weights", "extraction", "timing", "export", "onnx_pieces", "assembly", "costs"),
+    *("supernet", "spaces", "weights", "extraction", "timing", "apart", "export", "onnx_pieces", "assembly", "costs"),
     *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
     *("projection", "selection", "runs", "building", "architectures", "measure"),
     *("report", "optimizers", "steering", "training", "session", "delivery", "search", "controller", "console", "cli"),
