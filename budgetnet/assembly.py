@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from typing import ClassVar, Literal
 
@@ -15,8 +16,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
+from budgetnet.apart import Apart, onnx_session
 from budgetnet.errors import ConfigError
-from budgetnet.export import onnx_session
 from budgetnet.extraction import connected, extract, fold_batch_norm, narrowed
 from budgetnet.gated import GatedSequential, contiguous
 from budgetnet.onnx_pieces import Piece, Pieces, Scope
@@ -64,6 +65,7 @@ class Assembler:
         self.nodes = [node for node, module in enumerate(network.activations) if not passes(module)]
         self.folded = {edge: self._folded(modules[edge]) for edge in self.edges}
         self.pieces: dict[str, Piece] = {}
+        self.process: Apart | None = None
         if runtime == "onnxruntime":
             self._export()
 
@@ -139,13 +141,31 @@ class Assembler:
 
     def times(self, ways: Sequence[Run], calls: int, seconds: float = 0.0) -> list[Timing]:
         """Times what was built, in turns, with the threads that were asked for, for so many seconds at least."""
+        if self.process is not None:
+            with self._told():
+                return self.process.times(ways, calls, seconds)
+        finish = partial(torch.cuda.synchronize, self.device) if self.device.type == "cuda" else None
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
             with self._told():
-                return interleaved(ways, calls=calls, seconds=seconds, device=self.device)
+                return interleaved(ways, calls=calls, seconds=seconds, finish=finish)
         finally:
             torch.set_num_threads(before)
+
+    @contextmanager
+    def apart(self) -> Iterator[Assembler]:
+        """The same, but all that it builds is built and timed in a new process, which ends with the `with`.
+
+        Only for onnxruntime: layers of one's own may not be found by another process.
+        """
+        assert self.runtime == "onnxruntime"
+        other = copy.copy(self)
+        with self._told():
+            process = Apart()
+        with process:
+            other.process = process
+            yield other
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -153,13 +173,18 @@ class Assembler:
         try:
             yield
         except Exception as error:  # runtimes name no one error
-            said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            own = "" if isinstance(error, ChildProcessError) else f"{type(error).__name__}: "
+            said = f"{own}{' '.join(str(error).split())}"[:300]
             raise ConfigError(f"{self.runtime} cannot run {self.network.name}, batch {self.batch}: {said}") from error
 
     def _run(self, module: nn.Module, shape: Shape, write: Callable[[Scope, str], str]) -> Run:
         return self._session(shape, write) if self.runtime == "onnxruntime" else self._module(module, shape)
 
     def _session(self, shape: Shape, write: Callable[[Scope, str], str]) -> Run:
+        if self.process is not None:
+            model = self._model((self.batch, *shape), write).SerializeToString()
+            with self._told():
+                return self.process.build(model, (self.batch, *shape), self.threads)
         example = self._example(shape)
         session = onnx_session(self._model(example.shape, write).SerializeToString(), self.threads)
         feed = {"x": example.numpy()}

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
+from budgetnet.apart import onnx_session
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.files import aside
 from budgetnet.gated import contiguous
@@ -166,14 +166,6 @@ def load(path: str | Path, *, threads: int = 1) -> Callable[[Tensor], Tensor]:
         name = inputs[0][0]
         return lambda x: torch.from_numpy(np.asarray(session.run(None, {name: x.cpu().float().numpy()})[0]))
     raise FileError(f"an exported network ends in .onnx or .pt2, got {path.name!r}")
-
-
-def onnx_session(model: str | bytes, threads: int) -> ort.InferenceSession:
-    """A file, or a model's bytes, in onnxruntime on the CPU."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def load_program(path: str | Path) -> torch.export.ExportedProgram:

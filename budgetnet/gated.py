@@ -218,7 +218,9 @@ class GatedSequential(nn.Sequential):
         layout = []
         for index, mixes, segment in places:
             before, behind = segments[segment - mixes], segments[segment]
-            if mixes and (before, behind) != (None, None) and not cuttable(layers[index]):
+            gated = (before, behind) != (None, None)
+            alone = isinstance(layers[index], nn.Flatten) and segment == len(segments) - 1  # nobody checks its channels
+            if gated and (alone or (mixes and not cuttable(layers[index]))):
                 raise GraphError(f"a gated layer must be a convolution without groups or linear, got {layers[index]}")
             layout.append(Layer(index, mixes, before, behind))
         return tuple(layout), (segments[0], segments[-1]), width[-1] or 0

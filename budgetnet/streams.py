@@ -72,8 +72,13 @@ class Stream:
 
     def held(self, used: Tensor) -> Tensor:
         """`(B, C)` channels that the nodes hold where `(B, U)` units are used, those that `live` has left."""
-        written, read = _any(self.writers, lambda end: end.opened(used)), _any(self.readers, lambda end: end.opened(used))
-        return torch.where(written.detach() > 0, written, read)  # what is read is written, but where nothing would be left
+        written, read = (
+            _any(self.writers, lambda end: end.opened(used)),
+            _any(self.readers, lambda end: end.opened(used)),
+        )
+        return torch.where(
+            written.detach() > 0, written, read
+        )  # what is read is written, but where nothing would be left
 
     def share(self, used: Tensor) -> Tensor:
         """`(B,)` float64 share of the channels that the nodes hold; differentiable."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
-import torch
 
 from budgetnet.errors import ConfigError
 
@@ -104,7 +103,7 @@ def interleaved(
     *,
     calls: int = 200,
     seconds: float = 0.0,
-    device: torch.device | None = None,
+    finish: Callable[[], object] | None = None,
 ) -> list[Timing]:
     """Times functions in turns of `BURST` calls each.
 
@@ -112,7 +111,7 @@ def interleaved(
         ways: called without arguments.
         calls: at least so many of each function count.
         seconds: at least so long it goes on: a machine that others use changes its speed within a second.
-        device: whose work a call waits for.
+        finish: called behind each call, and part of it: waits for a device that works on by itself.
     """
     times: list[list[float]] = [[] for _ in ways]
     switched: list[list[bool]] = [[] for _ in ways]
@@ -124,8 +123,8 @@ def interleaved(
             for call in range(BURST):
                 before, start = _switches(), time.perf_counter_ns()
                 way()
-                if device is not None and device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                if finish is not None:
+                    finish()
                 milliseconds = (time.perf_counter_ns() - start) / 1e6
                 if turn and call >= COLD:  # the first turn warms up
                     taken.append(milliseconds)

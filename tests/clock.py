@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -66,4 +67,5 @@ def tick(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Assembler, "yardstick", lambda self: 1.0)
     patch.setattr(Assembler, "nothing", lambda self: 0.0)
     patch.setattr(Assembler, "times", times)
+    patch.setattr(Assembler, "apart", lambda self: nullcontext(self))  # a new process would see other times
     patch.setattr(Assembler, "_export", lambda self: None)

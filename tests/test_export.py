@@ -14,9 +14,9 @@ from conftest import python
 from torch import nn
 
 from budgetnet import Edge, SuperNetwork, spaces
+from budgetnet.apart import onnx_session as session
 from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS, difference, export, file_latency, latency, load
-from budgetnet.export import onnx_session as session
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.onnx_pieces import Pieces, check_writable, ordinary
 

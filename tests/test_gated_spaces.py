@@ -346,14 +346,21 @@ def test_where_says_which_channels_have_gates(where: str, found: dict[str, int])
 def test_locked_gates_are_those_of_identical_blocks():
     """At every site; the first block of the later groups has another shape."""
     network = built("resnet", depth=20, channels=4, lock=True, where="ends")
-    for site in ("input", "hidden0", "output"):
-        for channel in range(4):
-            first, second, third = (columns(network, f"g0.{block}.block.{site}[{channel}]") for block in range(3))
-            assert first == second == third
-        unlike, one, other = (columns(network, f"g2.{block}.block.{site}[3]") for block in range(3))
-        assert one == other != unlike
+    for channel in range(4):
+        first, second, third = (columns(network, f"g0.{block}.block.hidden0[{channel}]") for block in range(3))
+        assert first == second == third
+    unlike, one, other = (columns(network, f"g2.{block}.block.hidden0[3]") for block in range(3))
+    assert one == other != unlike
+    # a group reads and writes one stream, but for its first block, which reads that of the group before
+    reads, writes = ([columns(network, f"{name}[3]") for name in names] for names in (
+        ("g2.1.block.input", "g2.2.block.input", "output.input"), (f"g2.{block}.block.output" for block in range(3)),
+    ))  # fmt: skip
+    assert len({*reads, *writes, columns(network, "g2.0.skip.output[3]")}) == 1
+    before = {columns(network, f"g2.0.{name}.input[3]") for name in ("block", "skip")}
+    assert before == {columns(network, "g1.2.block.output[3]")} != set(writes)
     free = built("resnet", depth=20, channels=4, where="ends")
-    assert free.gate_count - network.gate_count == 3 * (2 * 4 + 8 + 16)
+    assert free.gate_count == 3 * 3 * 4 + (4 + 8 + 8) + 2 * 3 * 8 + (8 + 16 + 16) + 2 * 3 * 16
+    assert network.gate_count == (4 - 1) + (8 - 1) + (16 - 1) + 4 + 2 * 8 + 2 * 16
     layers = built("resnet", depth=20, channels=4, gates="both", lock=True)
     assert len(layers.choices) == 9  # of which each has its own
 
@@ -460,7 +467,9 @@ def test_a_mobilenet_block_without_a_shortcut_keeps_groups_open_at_each_site(opt
     for site in network.sites:
         assert site.always_open == (0 if ends.count(ends[site.edge]) > 1 else options.get("always_open", 1))
     assert len(network.choices) == 10  # the blocks beside an identity
-    assert network.gate_count == network.units - len(ends) - sum(site.always_open for site in network.sites) + 10
+    shared = 320 // 64 - options.get("always_open", 1)  # what the last convolution reads is what the last block writes
+    decided = network.units - len(ends) - sum(site.always_open for site in network.sites)
+    assert network.gate_count == decided - shared + 10
     assert built("mobilenet_v2", gates="layers").gate_count == 10
 
 
@@ -620,7 +629,7 @@ def test_measured_through_the_command_line(arguments: list[str], macs: int, caps
         ("resnet", {"classes": 0}, "classes must be a whole number >= 1, got 0"),
         ("resnet", {"image_size": 0}, "image_size must be one side or"),
         ("resnet", {"gates": "filters"}, "gates must be channels or layers or both or none, got 'filters'"),
-        ("resnet", {"where": "inside"}, "where must be hidden or output or ends, got 'inside'"),
+        ("resnet", {"where": "inside"}, "where must be hidden or output or ends or stream, got 'inside'"),
         ("resnet", {"shortcut": "none"}, "shortcut must be projection or identity, got 'none'"),
         ("resnet", {"task": "segmentation"}, "task must be classification, got 'segmentation'"),
         ("resnet", {"logits": 3}, "logits must be 1 or 2 for each gate, got 3"),
@@ -644,7 +653,7 @@ def test_measured_through_the_command_line(arguments: list[str], macs: int, caps
         ("mobilenet_v2", {"always_open": 0}, "always_open must be a whole number >= 1, got 0"),
         ("mobilenet_v2", {"always_open": 2, "gates": "layers"}, "always_open is of gates on channels: .*, got layers"),
         ("mobilenet_v2", {"granularity": (1,) * 6}, "or 7 of them, one for each stage, got"),
-        ("mobilenet_v2", {"where": "all"}, "where must be hidden or output or ends, got 'all'"),
+        ("mobilenet_v2", {"where": "all"}, "where must be hidden or output or ends or stream, got 'all'"),
         ("mobilenet_v2", {"task": "segmentation"}, "task must be classification, got 'segmentation'"),
         ("densenet_exits", {"depth": 41}, r"depth must be 6n \+ 4 with bottlenecks, n >= 1, got 41"),
         ("densenet_exits", {"depth": 4}, r"depth must be 6n \+ 4 with bottlenecks, n >= 1, got 4"),

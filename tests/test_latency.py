@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import budgetnet as bn
 from budgetnet import cli, timing
+from budgetnet.apart import Apart, onnx_session
 from budgetnet.assembly import Assembler
 from budgetnet.budgets import _limit, check_reachable, cost_name, parse_cost
 from budgetnet.cli.measure import full_of
@@ -29,7 +31,7 @@ from budgetnet.costs.measured import Measured
 from budgetnet.costs.stopwatch import Stopwatch
 from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
-from budgetnet.export import export, onnx_session
+from budgetnet.export import export
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.onnx_pieces import Piece, Pieces
 from budgetnet.runs import RunFolder
@@ -933,6 +935,101 @@ def test_gates_that_look_at_the_input_have_no_latency_of_their_own():
     space = bn.spaces.resnet(depth=8, channels=8, image_size=8, conditional=True)
     with pytest.raises(ConfigError, match="latency cannot be a cost where gates look at the input"):
         Latency().bind(space)
+
+
+def test_a_result_is_measured_in_a_new_process_beside_the_full_network(monkeypatch):
+    """Which gets the models of both; what it says is scaled to what the full network took at the start."""
+    torch.manual_seed(0)
+    space = SPACES["fabric"]().eval()
+    kept, x = widely(space, 2, generator())[1:], torch.randn(1, *space.input_shape)
+    watch, sent, real, processes = Stopwatch(Latency().assembler(space), "median"), list[bytes](), Apart.build, set()
+    watch.full = 1.0
+
+    def build(self: Apart, model: bytes, shape: Sequence[int], threads: int) -> Callable[[], object]:
+        processes.add(self.process)
+        if tuple(shape) == (1, *space.input_shape):  # else the yardstick's
+            sent.append(model)
+        assert threads == 1
+        return real(self, model, shape, threads)
+
+    monkeypatch.setattr(Apart, "build", build)
+    found = watch.anew(kept)
+    assert 0 < found.low <= found.value <= found.high < 1.5 * watch.full
+    (process,) = processes
+    assert process.returncode is not None  # it is over
+    builds = watch.builds
+    assert len(sent) == 2 * builds
+    for model, one in [(sent[0], space.architecture("full")), (sent[-1], kept)]:
+        (answer,) = onnx_session(model, 1).run(None, {"x": x.numpy()})
+        assert torch.allclose(torch.from_numpy(answer), extract(space, one)(x), atol=1e-4)
+    assert sent[0] != sent[-1]
+
+
+@pytest.mark.usefixtures("clocked")
+@pytest.mark.parametrize(("speed", "by"), [(1.0, 1.0), (1.5, 1.0), (0.5, 1.0), (1.0, 0.93), (2.0, 0.93)])
+def test_what_the_new_process_sees_counts_beside_its_own_full_network(speed: float, by: float, monkeypatch):
+    """However fast all is there, and however a network that is built here compares with the full one."""
+    space = SPACES["fabric"]().eval()
+    model, kept = Latency().bind(space), widely(space, 2, generator())[1:]
+    here, whole, full = model.measure(kept)[0].value, Assembler.whole, space.architecture("full")
+
+    class There(Assembler):
+        """Where all takes `speed` times as long, and the network beside the full one `by` times that."""
+
+        def whole(self, row: Tensor) -> float:  # type: ignore[override]
+            return speed * (1.0 if torch.equal(row, full) else by) * whole(self, row)
+
+    def apart(self: Assembler) -> nullcontext[Assembler]:
+        there = copy.copy(self)
+        there.__class__ = There
+        return nullcontext(there)
+
+    monkeypatch.setattr(Assembler, "apart", apart)
+    for found in (model.report(kept), Latency().compared(space, kept, model.watch.full)):
+        assert found.value == pytest.approx(by * here)
+        assert found.slowness == pytest.approx(speed)
+    budget = dataclasses.replace(bn.Budget(MACs(), at_most="50%").bind(space), model=model, limit=by * here * 1.001)
+    one = Candidate(kept, [here], {})
+    assert confirmed([budget], [one], lambda some: 0)[one] == pytest.approx([1 / 1.001])  # and where it is accepted
+    torch_only = Stopwatch(Latency(runtime="torch").assembler(space), "median")
+    torch_only.start()
+    assert torch_only.anew(kept).value == pytest.approx(here)  # in this process
+
+
+@pytest.mark.parametrize(
+    ("start", "line"),
+    [
+        ("raise ImportError('no onnxruntime\\nhere')", "the process that times it ended: here"),
+        ("import os; os.kill(os.getpid(), 9)", "the process that times it ended: signal 9"),
+        ("import sys; sys.exit(4)", "the process that times it ended: exit status 4"),
+        ('input(); print(\'{"error": "Fail: no\\\\nmemory"}\')', "Fail: no memory"),
+    ],
+)
+def test_a_process_that_fails_gives_one_clear_line(start: str, line: str, monkeypatch):
+    monkeypatch.setattr("budgetnet.apart.START", start)
+    space = SPACES["fabric"]().eval()
+    with pytest.raises(ConfigError, match=f"^onnxruntime cannot run resnet_fabric, batch 1: {line}$"):
+        Stopwatch(Latency().assembler(space), "median").compared(space.architecture("full"), 1.0)
+
+
+def test_an_interruption_ends_the_new_process_too(monkeypatch, tmp_path: Path, capsys):
+    processes: list[Apart] = []
+
+    def interrupted(self: Apart, *_: object) -> None:
+        processes.append(self)
+        raise KeyboardInterrupt
+
+    def command(_: list[str]) -> None:
+        space = SPACES["fabric"]().eval()
+        Stopwatch(Latency().assembler(space), "median").compared(space.architecture("full"), 1.0)
+
+    monkeypatch.setattr(Apart, "_ask", interrupted)
+    monkeypatch.setitem(cli.COMMANDS, "measure", command)
+    assert cli.main(["measure"]) == cli.INTERRUPTED
+    (one,) = processes
+    assert one.process.returncode == -9
+    assert one.said.closed
+    assert capsys.readouterr().err == "budgetnet: interrupted\n"
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])

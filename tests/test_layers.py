@@ -10,21 +10,9 @@ import pytest
 import budgetnet
 
 LAYERS = (
-    *(
-        "errors",
-        "checks",
-        "version",
-        "files",
-        "graph",
-        "sites",
-        "blocks",
-        "gated",
-        "streams",
-        "choices",
-        "rows",
-        "shapes",
-    ),
-    *("supernet", "spaces", "weights", "extraction", "timing", "export", "onnx_pieces", "assembly", "costs"),
+    *("errors", "checks", "version", "files", "graph", "sites", "blocks", "gated", "streams", "choices", "rows"),
+    *("shapes", "supernet", "spaces", "weights", "extraction", "timing", "apart", "export", "onnx_pieces", "assembly"),
+    "costs",
     *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
     *("projection", "selection", "runs", "building", "architectures", "measure"),
     *("report", "optimizers", "steering", "training", "session", "delivery", "search", "controller", "console", "cli"),

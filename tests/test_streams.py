@@ -87,13 +87,13 @@ def images(seed: int) -> Tensor:
     return torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(SEEDS)
 def test_run_masked_and_extracted_are_one_function_and_cost_what_the_models_say(seed: int):
     """By torch's counter, by the bytes of the state, and by following the values of the network that is extracted."""
     network, x = network_of(seed), images(seed)
     models = [cost.bind(network) for cost in (MACs(), Params(), Memory("params"), Memory("activations"))]
-    for kept in sampled(network, 4, seed).split(1):
+    for kept in sampled(network, 3, seed).split(1):
         used = network.used(kept)
         output = network(x, Fixed(kept))[0]
         torch.testing.assert_close(network.masked(x, Fixed(kept))[0], output)
@@ -107,17 +107,17 @@ def test_run_masked_and_extracted_are_one_function_and_cost_what_the_models_say(
 
 
 def test_all_those_networks_have_streams():
-    found = [network_of(seed).streams for seed in range(30)]
+    found = [network_of(seed).streams for seed in range(12)]
     assert all(found)
     assert {len(stream.nodes) for streams in found for stream in streams} == {1, 2, 3}
     assert {len({end.gates for end in (*each.writers, *each.readers)}) for one in found for each in one} >= {1, 2, 3}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(SEEDS)
 def test_the_file_that_is_assembled_is_the_extracted_network(seed: int):
     """Its outputs, and the bytes of what is exported, which a cost counts without exporting."""
-    network, x = network_of(seed % 40), images(seed)
+    network, x = network_of(seed), images(seed)
     kept = sampled(network, 3, seed)[1:2]
     if not network.connects(network.used(kept))[0]:
         return
@@ -130,7 +130,7 @@ def test_the_file_that_is_assembled_is_the_extracted_network(seed: int):
         assert Memory("file").bind(network).measure(kept)[0].value == path.stat().st_size
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(SEEDS)
 def test_pathwise_is_used_with_the_gradient_of_flipping_a_gate(seed: int):
     """Where everything is open: a cost is linear in each gate there, shared or not, but for a group that stays open."""
@@ -193,7 +193,7 @@ def test_what_a_device_sends_and_workers_exchange_are_the_channels_that_are_held
     assert torch.equal(network.streams[0].share(used) * 4, held.double())
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(SEEDS)
 def test_the_score_function_of_relevant_gates_is_unbiased(seed: int):
     """All 2^G architectures are summed, so that the two gradients are equal but for rounding."""
@@ -254,9 +254,6 @@ def test_a_locked_mobilenet_is_dense_and_its_stages_narrower():
     assert torch.index_select not in {node.target for node in plain.graph.nodes}
     assert count(plain, torch.zeros(1, 3, 32, 32))["macs"] == float(MACs().bind(network)(network.used(kept))[0])
     assert len(network.streams) == 7
-    apart = mobilenet_v2(classes=10, image_size=32, where="ends")
-    assert len(apart.streams) == 7
-    assert apart.gate_count > network.gate_count
 
 
 def test_torchvisions_names_do_not_depend_on_where_gates_are():

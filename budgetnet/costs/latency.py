@@ -192,8 +192,11 @@ class LatencyModel(LatencyFit):
         return self.watch.measure(kept)
 
     def report(self, kept: Tensor) -> Measured:
-        """What the extracted network of an architecture, `(1, G)`, takes on the machine at rest."""
-        return self.watch.report(kept)
+        """What the extracted network of an architecture, `(1, G)`, takes on the machine at rest, in a new process.
+
+        In this one where its runtime is torch.
+        """
+        return self.watch.anew(kept)
 
     def refit(self, kept: Tensor, *, first: bool = False) -> None:
         """Measures the networks of `(n, G)` architectures and fits the weights to all measured so far.
