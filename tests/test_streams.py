@@ -138,14 +138,14 @@ def test_pathwise_is_used_with_the_gradient_of_flipping_a_gate(seed: int):
     model = MACs().bind(network)
     for kept in sampled(network, 3, seed).split(1):
         assert torch.equal(network.pathwise(kept.clone().requires_grad_()).detach(), network.used(kept))
-    whole = torch.ones(1, network.gate_count, requires_grad=True)
+    whole = torch.ones(1, network.gate_count, dtype=torch.float64, requires_grad=True)
     (gradient,) = grad(model(network.pathwise(whole)).sum(), whole)
     for column in range(network.gate_count):
         units = [unit for unit, own in enumerate(network.gate_of) if own == column]
         sites = [site for site in network.sites if any(site.units[0] <= unit < site.units[1] for unit in units)]
         if not sites or any(site.groups < 2 for site in sites):
             continue
-        less = torch.ones(1, network.gate_count)
+        less = torch.ones(1, network.gate_count, dtype=torch.float64)
         less[0, column] = 0
         once = len(units) == 1  # of a gate that layers share, both what it reads and what it writes ends
         saved = float(model(network.used(whole.detach()))[0] - model(network.used(less))[0])
