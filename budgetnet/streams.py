@@ -72,13 +72,9 @@ class Stream:
 
     def held(self, used: Tensor) -> Tensor:
         """`(B, C)` channels that the nodes hold where `(B, U)` units are used, those that `live` has left."""
-        written, read = (
-            _any(self.writers, lambda end: end.opened(used)),
-            _any(self.readers, lambda end: end.opened(used)),
-        )
-        return torch.where(
-            written.detach() > 0, written, read
-        )  # what is read is written, but where nothing would be left
+        written, read = (_any(ends, partial(End.opened, used=used)) for ends in (self.writers, self.readers))
+        # what is read is written, too, but where nothing would be left
+        return torch.where(written.detach() > 0, written, read)
 
     def share(self, used: Tensor) -> Tensor:
         """`(B,)` float64 share of the channels that the nodes hold; differentiable."""
@@ -151,13 +147,11 @@ def _end(edge: int, module: nn.Module, unit: int, *, reads: bool) -> End | None:
     mixing = [layer.index for layer in module.layout if layer.mixes]
     if not mixing:  # it reads the channels that it writes
         return None
-    site, ahead = (
-        module.sites[place],
-        [layer for layer in list(module)[: mixing[0]] if not isinstance(layer, ChannelGate)],
-    )
-    if (len(set(site.sizes)) > 1 and not site.always_open) or (
-        reads and not all(isinstance(layer, KEEPS_ZERO) for layer in ahead)
-    ):
+    site = module.sites[place]
+    ahead = [layer for layer in list(module)[: mixing[0]] if not isinstance(layer, ChannelGate)]
+    if reads and not all(isinstance(layer, KEEPS_ZERO) for layer in ahead):
+        return None
+    if len(set(site.sizes)) > 1 and not site.always_open:
         return None
     first = unit + sum(other.groups for other in module.sites[:place])
     gates = f"{edge} {place}" if site.lock is None else f"locked {site.lock}"
