@@ -115,7 +115,14 @@ class Gating:
         )
 
     def site(
-        self, name: str, channels: int, granularity: int, *, shortcut: bool = True, alike: str | None = None
+        self,
+        name: str,
+        channels: int,
+        granularity: int,
+        *,
+        shortcut: bool = True,
+        alike: str | None = None,
+        stream: Stream | None = None,
     ) -> list[nn.Module]:
         """The gate of that name in a branch, or nothing where none is asked for.
 
@@ -125,7 +132,10 @@ class Gating:
             granularity: channels a gate controls.
             shortcut: whether an edge beside the branch remains where it is closed; else some groups stay open.
             alike: name of the branches that share the gates of this site where they are locked, None for no other.
+            stream: whose gates these are, None where the branch has its own.
         """
+        if stream is not None:
+            return [self.of_stream(name, channels, stream)]
         if not self.channels or (name in ENDS["ends"] and name not in ENDS[self.where]):
             return []
         lock = f"{alike}.{name}" if self.lock and alike is not None else None

@@ -159,20 +159,14 @@ def inverted_residual(
     hidden = into * expansion
     shortcut = alike is not None
     at_input, at_expanded, at_output = granularity
-
-    def end(name: str, channels: int, granularity: int, stream: Stream | None) -> list[nn.Module]:
-        if stream is not None:
-            return [gating.of_stream(name, channels, stream)]
-        return gating.site(name, channels, granularity, shortcut=shortcut, alike=alike)
-
     layers: list[nn.Module] = []
     if expansion > 1:
-        layers += end("input", into, at_input, streams[0])
+        layers += gating.site("input", into, at_input, shortcut=shortcut, alike=alike, stream=streams[0])
         layers += conv_layers(into, hidden, kernel=1, activation=nn.ReLU6())
     layers += conv_layers(hidden, hidden, stride=stride, groups=hidden, activation=nn.ReLU6())
     layers += gating.site("expanded", hidden, at_expanded, shortcut=shortcut, alike=alike)
     layers += conv_layers(hidden, out, kernel=1)
-    return layers + end("output", out, at_output, streams[1])
+    return layers + gating.site("output", out, at_output, shortcut=shortcut, alike=alike, stream=streams[1])
 
 
 def rounded(channels: float) -> int:

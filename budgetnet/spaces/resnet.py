@@ -158,13 +158,8 @@ def branch(
     """The layers of a branch of `widths` (into, hidden, out), gates behind convolutions; `streams`: read, written."""
     into, hidden, out = widths
     inside, ends = granularity
-
-    def end(name: str, channels: int, stream: Stream) -> list[nn.Module]:
-        if gating.streams:
-            return [gating.of_stream(name, channels, stream)]
-        return gating.site(name, channels, ends, alike=alike)
-
-    layers = end("input", into, streams[0])
+    read, written = streams if gating.streams else (None, None)
+    layers = gating.site("input", into, ends, alike=alike, stream=read)
     if bottleneck:
         layers += conv_layers(into, hidden, kernel=1, activation=nn.ReLU())
         layers += gating.site("hidden0", hidden, inside, alike=alike)
@@ -175,7 +170,7 @@ def branch(
         layers += conv_layers(into, hidden, stride=stride, activation=nn.ReLU())
         layers += gating.site("hidden0", hidden, inside, alike=alike)
         layers += conv_layers(hidden, out)
-    return layers + end("output", out, streams[1])
+    return layers + gating.site("output", out, ends, alike=alike, stream=written)
 
 
 def beside(start: str, end: str, widths: tuple[int, int], stride: int, shortcut: str) -> Edge:
