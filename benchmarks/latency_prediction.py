@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--again", type=int, default=10)
     parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "torch"])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda for torch and compiled alone")
     parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=list(SPACES))
     parser.add_argument("--measure", metavar="BITS", help="an architecture of the one space, for the new processes")
     parser.add_argument("--full", metavar="MS", type=float, help="what the full network takes, for these")
@@ -67,7 +68,7 @@ def stirred(space: bn.SuperNetwork) -> bn.SuperNetwork:
 def row(name: str, runtime: str, arguments: argparse.Namespace) -> str:
     """One line of the table."""
     space = stirred(SPACES[name]())
-    model = Latency(runtime=runtime, batch=arguments.batch).bind(space)
+    model = Latency(runtime=runtime, batch=arguments.batch, device=arguments.device).bind(space)
     kept = widely(space, arguments.networks + 1, torch.Generator().manual_seed(1))[1:]
     used = space.used(kept)
     found = [one for few in kept.split(4) for one in model.measure(few)]

@@ -26,11 +26,12 @@ SPACES = {
     "fabric": partial(bn.spaces.resnet_fabric, width=2, channels=8, image_size=8, in_channels=1),
     "channels": partial(bn.spaces.resnet, depth=8, channels=8, image_size=8, in_channels=1),
     "blocks": partial(bn.spaces.resnet, depth=8, channels=8, image_size=8, in_channels=1, gates="both", granularity=4),
+    "streams": partial(bn.spaces.resnet, depth=8, channels=8, image_size=8, in_channels=1, where="stream"),
     "mobilenet": partial(bn.spaces.mobilenet_v2, width=0.35, image_size=32, in_channels=1),
     "by input": partial(bn.spaces.resnet, depth=8, channels=8, image_size=8, in_channels=1, conditional=True),
     "exits": partial(bn.spaces.densenet_exits, depth=10, growth=4, image_size=8, in_channels=1, exit_channels=8),
 }
-PLAIN = ["fabric", "channels", "blocks", "mobilenet"]
+PLAIN = ["fabric", "channels", "blocks", "streams", "mobilenet"]
 BY_INPUT = ["by input", "exits"]
 COSTS = ["macs", "params", "memory:file", "memory:activations", "memory", "steps:2", "layers", "activation"]
 
