@@ -61,7 +61,7 @@ class Gated:
 GATED = {
     "pruned": Gated(),
     "pruned wide": Gated({"expansion": 2}),
-    "pruned taught": Gated({}, {"distillation": 1.0}),
+    "pruned taught": Gated({}, {"distillation": 1.0, "warmup": 13 / 30, "finetune": 12 / 30}),
     "conditional": Gated({"conditional": True}, {"noiseless": 0.7}),
     "conditional layers": Gated({"conditional": True, "gates": "layers"}, {"noiseless": 0.7}),
     "pruned streams": Gated({"where": "stream"}),
