@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,18 @@ class End:
 
     def opened(self, used: Tensor) -> Tensor:
         """`(B, U)` used units to the `(B, C)` channels that are open here, 0 where the edge is not used."""
-        groups = both(used[:, slice(*self.units)], used[:, [self.edge]])
-        return groups.repeat_interleave(torch.tensor(self.sizes, device=used.device), dim=1)
+        groups = both(used[:, slice(*self.units)], used[:, self.edge : self.edge + 1])
+        return groups if max(self.sizes) == 1 else groups[:, self._group_of.to(used.device, non_blocking=True)]
+
+    def in_groups(self, channels: Tensor) -> Tensor:
+        """`(B, C)` channels to the `(B, G)` groups here: a group is open where any of its channels is."""
+        if len(set(self.sizes)) == 1:
+            return channels.unflatten(1, (len(self.sizes), -1)).amax(dim=2)
+        return torch.stack([group.amax(dim=1) for group in channels.split(list(self.sizes), dim=1)], dim=1)
+
+    @cached_property
+    def _group_of(self) -> Tensor:
+        return torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -58,17 +68,20 @@ class Stream:
 
         Where nothing would be left of an end it stays as it is: a layer makes something even of zeros.
         """
-        found = used.clone()
+        places, left = [], []
         for ends, others in ((self.writers, self.readers), (self.readers, self.writers)):
+            alike: dict[tuple[str, tuple[int, ...]], list[End]] = {}  # what the other side opens is the same to them
             for end in ends:
-                # the same gates open and close both ends: there it is enough that the other edge is used
-                across = _any(others, partial(self._across, end=end, used=used))
-                matters = torch.stack([part.amax(dim=1) for part in torch.split(across, list(end.sizes), dim=1)], dim=1)
-                groups = used[:, slice(*end.units)]
-                left = both(groups, matters)
-                some = (left.detach() > 0).any(dim=1, keepdim=True)
-                found[:, slice(*end.units)] = torch.where(some, left, groups)
-        return found
+                gates = end.gates if end.gates in {other.gates for other in others} else ""
+                alike.setdefault((gates, end.sizes), []).append(end)
+            for (gates, _), each in alike.items():
+                matters = each[0].in_groups(_any(others, partial(self._across, gates=gates, used=used)))
+                groups = torch.stack([used[:, slice(*end.units)] for end in each], dim=1)
+                rest = both(groups, matters[:, None])
+                some = (rest.detach() > 0).any(dim=2, keepdim=True)
+                left.append(torch.where(some, rest, groups).flatten(1))
+                places += [torch.arange(*end.units) for end in each]
+        return used.index_copy(1, torch.cat(places).to(used.device, non_blocking=True), torch.cat(left, dim=1))
 
     def held(self, used: Tensor) -> Tensor:
         """`(B, C)` channels that the nodes hold where `(B, U)` units are used, those that `live` has left."""
@@ -80,8 +93,10 @@ class Stream:
         """`(B,)` float64 share of the channels that the nodes hold; differentiable."""
         return self.held(used).to(torch.float64).mean(dim=1)
 
-    def _across(self, other: End, end: End, used: Tensor) -> Tensor:
-        return used[:, [other.edge]].expand(-1, self.channels) if other.gates == end.gates else other.opened(used)
+    def _across(self, other: End, gates: str, used: Tensor) -> Tensor:
+        """What an end opens to one of those gates: where they are its own it is enough that its edge is used."""
+        own = used[:, other.edge : other.edge + 1]
+        return own.expand(-1, self.channels) if other.gates == gates else other.opened(used)
 
 
 def _any(ends: Iterable[End], opened: Callable[[End], Tensor]) -> Tensor:
