@@ -37,8 +37,8 @@ class End:
     def in_groups(self, channels: Tensor) -> Tensor:
         """`(B, C)` channels to the `(B, G)` groups here: a group is open where any of its channels is."""
         if len(set(self.sizes)) == 1:
-            return channels.unflatten(1, (len(self.sizes), -1)).amax(dim=2)
-        return torch.stack([group.amax(dim=1) for group in channels.split(list(self.sizes), dim=1)], dim=1)
+            return channels.reshape(len(channels), len(self.sizes), -1).amax(dim=2)
+        return torch.stack([group.amax(dim=1) for group in torch.split(channels, list(self.sizes), dim=1)], dim=1)
 
     @cached_property
     def _group_of(self) -> Tensor:
