@@ -58,24 +58,27 @@ class Gated:
     in_time: str | None = None
 
 
+TAUGHT = {"distillation": 1.0, "warmup": 13 / 30, "finetune": 12 / 30}
+"""The full network, a better teacher the longer it learned alone, needs more of the epochs before the search."""
 GATED = {
     "pruned": Gated(),
     "pruned wide": Gated({"expansion": 2}),
-    "pruned taught": Gated({}, {"distillation": 1.0, "warmup": 13 / 30, "finetune": 12 / 30}),
+    "pruned taught": Gated({}, TAUGHT),
     "conditional": Gated({"conditional": True}, {"noiseless": 0.7}),
     "conditional layers": Gated({"conditional": True, "gates": "layers"}, {"noiseless": 0.7}),
     "pruned streams": Gated({"where": "stream"}),
     "layers": Gated({"gates": "layers"}),
     "blocks and eights": Gated({"gates": "both", "granularity": 8}),
     "blocks and eights timed": Gated({"gates": "both", "granularity": 8}, in_time="latency[batch=64]"),
+    "blocks and eights taught": Gated({"gates": "both", "granularity": 8}, TAUGHT),
     "batch activation": Gated({}, {"penalty": "batch-activation"}),
     "per-gate loss": Gated({}, {"penalty": "per-gate"}),
     "conditional per-gate": Gated({"conditional": True}, {"noiseless": 0.7, "penalty": "per-gate"}),
 }
 """The wide one may take up to twice the hidden channels, that of streams also cuts those between the blocks; of the
-taught one the full network learns beside it to the end, which its seconds show; gates that look at the input have noise
-until the limit is in full force; "batch activation" is Eq. 1 of Herrmann et al., where "pruned" has a price on what
-exceeds the limit."""
+taught ones the full network learns beside them to the end, which their seconds show; gates that look at the input have
+noise until the limit is in full force; "batch activation" is Eq. 1 of Herrmann et al., where "pruned" has a price on
+what exceeds the limit."""
 IN_TIME = 0.8
 KINDS = (*GATED, "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
 DENSE_EPOCHS = 2 / 3
