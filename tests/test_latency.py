@@ -494,6 +494,19 @@ def test_fast_networks_are_built_more_often_for_their_result(monkeypatch):
 
 
 @pytest.mark.usefixtures("clocked")
+def test_a_fast_network_is_built_more_often_than_a_slow_full_one(monkeypatch):
+    space = SPACES["fabric"]().eval()
+    kept, model = widely(space, 2, generator())[1:], Latency().bind(space)
+    before, built = Assembler.whole, []
+    monkeypatch.setattr(Assembler, "whole", lambda self, row: built.append(row) or before(self, row))
+    monkeypatch.setattr(stopwatch, "FAST", (model.report(kept).value + model.full) / 2)
+    built.clear()
+    found = model.watch.compared(kept, model.full)
+    assert [bool(row.bool().all()) for row in built] == [True] * 3 + [False] * stopwatch.MANY
+    assert found.value < stopwatch.FAST < model.full
+
+
+@pytest.mark.usefixtures("clocked")
 def test_what_is_said_of_a_network_is_what_it_takes_while_the_machine_is_at_rest(looks: list[float]):
     """By a result and by `measure`; and so is what percents are of, and how fast the machine is."""
     space = SPACES["fabric"]().eval()
@@ -551,7 +564,7 @@ def test_a_quantile_far_out_takes_more_calls(quantile: str, calls: int, monkeypa
     kept = widely(space, 2, generator())
     model.measure(kept)
     Latency(quantile=quantile).measured(space, kept[:1])
-    assert asked == [calls] * 2
+    assert asked == [calls, timing.BURST, calls]
     assert quantile != "p99" or model.watch.share**calls < 0.02
 
 

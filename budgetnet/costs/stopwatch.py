@@ -28,7 +28,7 @@ BUILDS = {"compiled": 1}
 Where its weights come to lie in memory makes the same network up to a sixth slower or faster.
 """
 FAST, MANY = 1.0, 9
-"""Where a call of the full network takes fewer milliseconds, a network is built so often for its result.
+"""Where a call of a network takes fewer milliseconds, it is built so often for its result.
 
 One build in five of such a network is 3 to 8 % slower.
 """
@@ -67,8 +67,8 @@ class Stopwatch:
         kept, yardstick = self.assembler.network.architecture("full"), self.assembler.yardstick()
         full = self._built(kept)
         (*found, yard), _ = self._rested([*full, yardstick], self._calls(CALLS), SECONDS, PATIENCE / 3)
-        if (more := self._careful(found[0].quantile(0.5)) - len(full)) > 0:
-            full += self._built(kept, more)
+        if more := self._built(kept, self._careful(found[0].quantile(0.5)) - len(full)):
+            full += more
             (*found, yard), _ = self._rested([*full, yardstick], self._calls(CALLS), SECONDS, PATIENCE / 3)
         whole = Measured.middle([self._seen(one) for one in found])
         self.beside, self.rest, self.full = full[:1], found[0].fastest(COUNTED).quantile(0.5), whole.value
@@ -106,7 +106,9 @@ class Stopwatch:
     def report(self, kept: Tensor) -> Measured:
         """As `measure`, with more care, of one architecture, `(1, G)`; as it was seen where there was no `start`."""
         self.notes.clear()
-        builds = self._built(kept, self._careful(self.rest))
+        builds = self._built(kept)
+        glance = min(timing.quantile(0.5) for timing in self.assembler.times(builds, BURST, 0.0))
+        builds += self._built(kept, self._careful(glance) - len(builds))
         found, slowness = self._rested(builds, self._calls(CALLS), SECONDS, PATIENCE)
         unrest = max(timing.unrest for timing in found)
         if unrest > AGREE:
@@ -151,10 +153,11 @@ class Stopwatch:
 
     def _built(self, kept: Tensor, builds: int | None = None) -> list[Run]:
         """The networks of `(n, G)` architectures, each built so often, or as often as candidates are."""
-        return [self.assembler.whole(row[None]) for row in kept.repeat_interleave(builds or self.builds, dim=0)]
+        times = self.builds if builds is None else builds
+        return [self.assembler.whole(row[None]) for row in kept.repeat_interleave(times, dim=0)]
 
     def _careful(self, milliseconds: float) -> int:
-        """How often to build a network for its result where the full one takes so long."""
+        """How often to build a network for its result where it takes so long."""
         return MANY if self.builds > 1 and milliseconds < FAST else self.builds
 
     def _calls(self, calls: int) -> int:
