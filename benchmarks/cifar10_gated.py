@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import budgetnet as bn
 from budgetnet.data import Batches
+from budgetnet.delivery import fold_gates
 from budgetnet.evaluation import evaluate
 from budgetnet.options import resolve_device, resolve_precision
 from budgetnet.projection import trimmed
@@ -51,11 +52,14 @@ class Gated:
     Attributes:
         space, search: options of both.
         in_time: a cost in milliseconds that is to save at least `IN_TIME` of the share of MACs that is saved.
+        fold: gates that no more than this share of the images is an exception to are made constants in the network that
+            was found; the same search without that is another row.
     """
 
     space: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
     in_time: str | None = None
+    fold: float | None = None
 
 
 TAUGHT = {"distillation": 1.0, "warmup": 13 / 30, "finetune": 12 / 30}
@@ -65,7 +69,9 @@ GATED = {
     "pruned wide": Gated({"expansion": 2}),
     "pruned taught": Gated({}, TAUGHT),
     "conditional": Gated({"conditional": True}, {"noiseless": 0.7}),
+    "conditional folded": Gated({"conditional": True}, {"noiseless": 0.7}, fold=0.05),
     "conditional layers": Gated({"conditional": True, "gates": "layers"}, {"noiseless": 0.7}),
+    "conditional layers folded": Gated({"conditional": True, "gates": "layers"}, {"noiseless": 0.7}, fold=0.05),
     "pruned streams": Gated({"where": "stream"}),
     "layers": Gated({"gates": "layers"}),
     "blocks and eights": Gated({"gates": "both", "granularity": 8}),
@@ -180,7 +186,7 @@ class Row:
         budgets: list[bn.Budget | str] = [bn.Budget(bn.costs.MACs(), at_most=self.limit)]
         if kind.in_time:
             budgets.append(f"{kind.in_time}<={100 - IN_TIME * (100 - self.target):g}%")
-        run = self.folder / "run"
+        run = self.folder.with_name(self.folder.name.replace("-folded", "")) / "run"
         if self.kind in GATED:
             found = bn.search(space, self.data, budgets, self.searched, out=run, resume=True)
         else:
@@ -195,7 +201,11 @@ class Row:
         if self.kind == "pruned":
             architecture = self.rows / f"pruned-{self.target}-seed{self.seed}.architecture.json"
             architecture.write_bytes((run / "architecture.json").read_bytes())
-        return found.network(), extra
+        if kind.fold is None:
+            return found.network(), extra
+        network, told = fold_gates(found.supernet, self.data, found.result["inference"]["tau"], kind.fold)
+        macs = told["validation"]["folded"]["macs"]
+        return network, extra | {"accuracy": self.accuracy(network), "macs": macs, "constants": told["constants"]}
 
     def accuracy(self, network: nn.Module) -> float:
         """On the test images, looked at once."""
