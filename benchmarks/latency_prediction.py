@@ -21,6 +21,7 @@ import torch
 import budgetnet as bn
 from budgetnet.costs import Latency, MACs
 from budgetnet.costs.latency import LatencyModel, widely
+from budgetnet.costs.stopwatch import Rest
 
 SPACES: dict[str, Callable[[], bn.SuperNetwork]] = {
     "fabric of width 3": lambda: bn.spaces.resnet_fabric(width=3),
@@ -39,14 +40,16 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda for torch and compiled alone")
     parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=list(SPACES))
     parser.add_argument("--measure", metavar="BITS", help="an architecture of the one space, for the new processes")
-    parser.add_argument("--full", metavar="MS", type=float, help="what the full network takes, for these")
+    parser.add_argument(
+        "--took", metavar="MS", type=float, nargs=2, help="the full network and the yardstick, for these"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.measure:
         (name,) = arguments.spaces
         kept = torch.tensor([[float(bit) for bit in arguments.measure]])
         cost, space = Latency(batch=arguments.batch), stirred(SPACES[name]())
-        found = cost.compared(space, kept, arguments.full)
+        found = cost.compared(space, kept, Rest(*arguments.took))
         print(found.value, found.slowness)
         return
     print("| space | runtime | rank correlation | median error | of MACs: rank correlation | median error | again |")
@@ -87,7 +90,7 @@ def again(name: str, model: LatencyModel, count: int) -> str:
         here = model.report(row[None]).value
         bits = "".join(str(int(bit)) for bit in row.tolist())
         command = [sys.executable, __file__, "--spaces", name, "--batch", str(model.cost.batch), "--measure", bits]
-        command += ["--full", str(model.watch.full)]
+        command += ["--took", *map(str, model.watch.took)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         there, slowness = (float(word) for word in done.stdout.split())
         near += abs(there / here - 1) <= 0.05

@@ -252,7 +252,7 @@ def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:
     if isinstance(model, LearningModel):
         told["error"] = model.error
     if isinstance(model, LatencyModel):
-        told["machine"] = {**asdict(model.table.setting), "full": model.watch.full}
+        told["machine"] = {**asdict(model.table.setting), **model.watch.took._asdict()}
         told["slowness"] = found.slowness
     return {**reached(budget, found.value), **told}
 

@@ -18,6 +18,7 @@ from budgetnet.costs import Function, Latency, stopwatch
 from budgetnet.costs.additive import EdgeCost
 from budgetnet.costs.file_size import FileSize
 from budgetnet.costs.measured import Measured
+from budgetnet.costs.stopwatch import Rest
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import file_latency, load, load_program
 from budgetnet.extraction import state_bytes
@@ -34,7 +35,7 @@ COUNTER = INDEX = 8
 
 
 def measure_network(
-    network: SuperNetwork, kept: Tensor, costs: Sequence[str], full: Mapping[Latency, float] | None = None
+    network: SuperNetwork, kept: Tensor, costs: Sequence[str], then: Mapping[Latency, Rest] | None = None
 ) -> dict[str, Any]:
     """Costs of one architecture of a space.
 
@@ -42,7 +43,7 @@ def measure_network(
         network: the space, whose weights do not matter to what is counted, but may to a function of one's own.
         kept: `(1, G)` decisions.
         costs: as written in budgets; those that a real network shows are measured.
-        full: milliseconds of the full network on the machine as it was: those that are measured are of then.
+        then: what the full network and the yardstick took on the machine as it was: milliseconds are of then.
 
     Returns:
         `{"costs": {"macs": 40899200, ...}, "units": {"macs": "MAC", ...}, "measured": {"latency": {"low", ...}, ...}}`,
@@ -56,7 +57,7 @@ def measure_network(
     """
     if not bool(network.connects(network.used(kept))[0]):
         raise ConfigError("an architecture to measure must connect input and output, got one that does not")
-    then = full or {}
+    then = then or {}
     values: dict[str, float] = {}
     units: dict[str, str] = {}
     measured: dict[str, dict[str, float]] = {}

@@ -23,7 +23,7 @@ from budgetnet import cli, timing
 from budgetnet.apart import Apart, onnx_session
 from budgetnet.assembly import Assembler
 from budgetnet.budgets import _limit, check_reachable, cost_name, parse_cost
-from budgetnet.cli.measure import full_of
+from budgetnet.cli.measure import then_of
 from budgetnet.costs import Latency, MACs, stopwatch
 from budgetnet.costs.channel_time import channel_time, counts_key, openings
 from budgetnet.costs.latency import NETWORKS, LatencyModel, widely
@@ -280,7 +280,7 @@ def test_a_run_that_goes_on_counts_in_the_milliseconds_it_began_with(monkeypatch
     monkeypatch.setattr(Assembler, "times", before)
     assert seen == pytest.approx([found.value for found in models[0].measure(kept)])
     assert again.budgets[0].limit == first.budgets[0].limit
-    assert models[1].watch.full == pytest.approx(models[0].watch.full)
+    assert models[1].watch.took == pytest.approx(models[0].watch.took)
     tensors, state = first.state()
     with pytest.raises(FileError, match="timings of 1 budgets, got 0"):
         again.load_state(tensors, {**state, "timed": []})
@@ -482,12 +482,12 @@ def test_fast_networks_are_built_more_often_for_their_result(monkeypatch):
     monkeypatch.setattr(Assembler, "whole", whole)
     watch = Stopwatch(Latency().assembler(space), "median")
     assert watch.start()[0].value == pytest.approx(usual.full)
-    assert watch.full == pytest.approx(usual.full)
+    assert watch.took.full == pytest.approx(usual.full)
     assert len(built) == stopwatch.MANY
     found = watch.report(kept)
     assert (found.value, found.high) == (pytest.approx(value), pytest.approx(value))
     assert len(built) == 2 * stopwatch.MANY
-    assert watch.compared(kept, watch.full).value == pytest.approx(value)
+    assert watch.compared(kept, watch.took).value == pytest.approx(value)
     assert len(built) == 4 * stopwatch.MANY
     watch.measure(kept)
     assert len(built) == 4 * stopwatch.MANY + watch.builds
@@ -501,7 +501,7 @@ def test_a_fast_network_is_built_more_often_than_a_slow_full_one(monkeypatch):
     monkeypatch.setattr(Assembler, "whole", lambda self, row: built.append(row) or before(self, row))
     monkeypatch.setattr(stopwatch, "FAST", (model.report(kept).value + model.full) / 2)
     built.clear()
-    found = model.watch.compared(kept, model.full)
+    found = model.watch.compared(kept, model.watch.took)
     assert [bool(row.bool().all()) for row in built] == [True] * 3 + [False] * stopwatch.MANY
     assert found.value < stopwatch.FAST < model.full
 
@@ -535,7 +535,7 @@ def test_what_is_said_of_a_network_is_what_it_takes_while_the_machine_is_at_rest
     looks[:] = [1.4]
     for times in (1.4, 0.8):  # also where it is faster than it was
         looks[:] = [times]
-        found = cost.compared(space, kept, model.watch.full)
+        found = cost.compared(space, kept, model.watch.took)
         assert (found.value, found.slowness) == pytest.approx((value, times))
 
 
@@ -956,7 +956,7 @@ def test_a_result_is_measured_in_a_new_process_beside_the_full_network(monkeypat
     space = SPACES["fabric"]().eval()
     kept, x = widely(space, 2, generator())[1:], torch.randn(1, *space.input_shape)
     watch, sent, real, processes = Stopwatch(Latency().assembler(space), "median"), list[bytes](), Apart.build, set()
-    watch.full = 1.0
+    watch.took = stopwatch.Rest(1.0, 1.0)
 
     def build(self: Apart, model: bytes, shape: Sequence[int], threads: int) -> Callable[[], object]:
         processes.add(self.process)
@@ -967,7 +967,7 @@ def test_a_result_is_measured_in_a_new_process_beside_the_full_network(monkeypat
 
     monkeypatch.setattr(Apart, "build", build)
     found = watch.anew(kept)
-    assert 0 < found.low <= found.value <= found.high < 1.5 * watch.full
+    assert 0 < found.low <= found.value <= found.high < 1.5 * watch.took.full
     (process,) = processes
     assert process.returncode is not None  # it is over
     builds = watch.builds
@@ -978,6 +978,16 @@ def test_a_result_is_measured_in_a_new_process_beside_the_full_network(monkeypat
     assert sent[0] != sent[-1]
 
 
+def test_small_networks_are_compared_by_the_yardstick_and_large_ones_by_the_full_one():
+    """Where the full one takes 1.2 times as long as then, and the yardstick, a quarter of it, half as long again."""
+    then, now = stopwatch.Rest(full=4.0, yardstick=0.8), stopwatch.Rest(full=4.8, yardstick=1.2)
+    slower = [now.slower(then, milliseconds) for milliseconds in (0.5, 1.2, 3.0, 4.8, 6.0)]
+    assert slower == pytest.approx([1.5, 1.5, 1.35, 1.2, 1.2])
+    assert then.slower(then, 2.0) == 1.0
+    small = stopwatch.Rest(full=0.5, yardstick=1.0)  # a full one that is no larger tells more of its own
+    assert small.slower(stopwatch.Rest(full=0.4, yardstick=1.0), 0.3) == pytest.approx(1.25)
+
+
 @pytest.mark.usefixtures("clocked")
 @pytest.mark.parametrize(("speed", "by"), [(1.0, 1.0), (1.5, 1.0), (0.5, 1.0), (1.0, 0.93), (2.0, 0.93)])
 def test_what_the_new_process_sees_counts_beside_its_own_full_network(speed: float, by: float, monkeypatch):
@@ -985,6 +995,7 @@ def test_what_the_new_process_sees_counts_beside_its_own_full_network(speed: flo
     space = SPACES["fabric"]().eval()
     model, kept = Latency().bind(space), widely(space, 2, generator())[1:]
     here, whole, full = model.measure(kept)[0].value, Assembler.whole, space.architecture("full")
+    yardstick = Assembler.yardstick
 
     class There(Assembler):
         """Where all takes `speed` times as long, and the network beside the full one `by` times that."""
@@ -992,13 +1003,16 @@ def test_what_the_new_process_sees_counts_beside_its_own_full_network(speed: flo
         def whole(self, row: Tensor) -> float:  # type: ignore[override]
             return speed * (1.0 if torch.equal(row, full) else by) * whole(self, row)
 
+        def yardstick(self) -> float:  # type: ignore[override]
+            return speed * yardstick(self)
+
     def apart(self: Assembler) -> nullcontext[Assembler]:
         there = copy.copy(self)
         there.__class__ = There
         return nullcontext(there)
 
     monkeypatch.setattr(Assembler, "apart", apart)
-    for found in (model.report(kept), Latency().compared(space, kept, model.watch.full)):
+    for found in (model.report(kept), Latency().compared(space, kept, model.watch.took)):
         assert found.value == pytest.approx(by * here)
         assert found.slowness == pytest.approx(speed)
     budget = dataclasses.replace(bn.Budget(MACs(), at_most="50%").bind(space), model=model, limit=by * here * 1.001)
@@ -1022,7 +1036,7 @@ def test_a_process_that_fails_gives_one_clear_line(start: str, line: str, monkey
     monkeypatch.setattr("budgetnet.apart.START", start)
     space = SPACES["fabric"]().eval()
     with pytest.raises(ConfigError, match=f"^onnxruntime cannot run resnet_fabric, batch 1: {line}$"):
-        Stopwatch(Latency().assembler(space), "median").compared(space.architecture("full"), 1.0)
+        Stopwatch(Latency().assembler(space), "median").compared(space.architecture("full"), stopwatch.Rest(1.0, 1.0))
 
 
 def test_an_interruption_ends_the_new_process_too(monkeypatch, tmp_path: Path, capsys):
@@ -1034,7 +1048,7 @@ def test_an_interruption_ends_the_new_process_too(monkeypatch, tmp_path: Path, c
 
     def command(_: list[str]) -> None:
         space = SPACES["fabric"]().eval()
-        Stopwatch(Latency().assembler(space), "median").compared(space.architecture("full"), 1.0)
+        Stopwatch(Latency().assembler(space), "median").compared(space.architecture("full"), stopwatch.Rest(1.0, 1.0))
 
     monkeypatch.setattr(Apart, "_ask", interrupted)
     monkeypatch.setitem(cli.COMMANDS, "measure", command)
@@ -1081,10 +1095,12 @@ def test_a_search_keeps_a_limit_in_milliseconds_and_goes_on_where_it_was_stopped
     measured = json.loads(capsys.readouterr().out)["measured"]
     assert measured["latency"]["slowness"] > 0  # beside the full network, as it was
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert full_of(RunFolder(tmp_path / "run")) == {Latency(): result["budgets"][0]["machine"]["full"]}
+    assert then_of(RunFolder(tmp_path / "run")) == {
+        Latency(): stopwatch.Rest(*(result["budgets"][0]["machine"][name] for name in ("full", "yardstick")))
+    }
     result["budgets"][0]["machine"]["processor"] = "another"
     (tmp_path / "run" / "result.json").write_text(json.dumps(result))
-    assert full_of(RunFolder(tmp_path / "run")) == {}
+    assert then_of(RunFolder(tmp_path / "run")) == {}
     again = bn.search(space, data, ["latency<=60%", "macs<=90%"], options, out=tmp_path / "run", resume=True)
     assert again.result["budgets"][0]["limit"] == entry["limit"]
     assert torch.equal(again.architecture, found.architecture)

@@ -20,6 +20,7 @@ from budgetnet.cli.finished import as_learned
 from budgetnet.cli.flags import build, costs_in, parser_of, positional, show_space, take
 from budgetnet.console import quantity
 from budgetnet.costs import Latency
+from budgetnet.costs.stopwatch import Rest
 from budgetnet.costs.timetable import Setting
 from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS
@@ -60,7 +61,7 @@ def measure_command(arguments: list[str]) -> None:
             found = _measured_by_run(run, asked)
         else:
             kept = named(network, given.architecture or str(run.path / "architecture.json"))
-            found = measure_network(network, kept, asked or _defaults(network), full_of(run))
+            found = measure_network(network, kept, asked or _defaults(network), then_of(run))
     elif Path(target).suffix.removeprefix(".") in FORMATS:
         if given.architecture is not None:
             raise ConfigError(f"--architecture is of a space or a run, got it beside {target!r}")
@@ -110,11 +111,11 @@ def _defaults(network: SuperNetwork) -> list[str]:
     return [cost for cost in DEFAULT if cost != "params" or not network.heads]
 
 
-def full_of(run: RunFolder) -> dict[Latency, float]:
-    """Milliseconds that the full network of a finished run took on this machine at rest, by how they were measured."""
+def then_of(run: RunFolder) -> dict[Latency, Rest]:
+    """What the full network of a finished run took on this machine at rest, by how it was measured."""
     if not (run.path / "result.json").is_file():
         return {}
-    found: dict[Latency, float] = {}
+    found: dict[Latency, Rest] = {}
     record = Record(run.read("result.json"), str(run.path / "result.json"))
     for budget in record.records("budgets"):
         if "machine" not in budget.values:
@@ -123,7 +124,7 @@ def full_of(run: RunFolder) -> dict[Latency, float]:
         assert isinstance(cost, Latency)
         here = Setting.here(cost.runtime, cost.threads, cost.batch, cost.device)
         if all(machine.values.get(name) == value for name, value in asdict(here).items()):
-            found[replace(cost, table="")] = machine.number("full")
+            found[replace(cost, table="")] = Rest(machine.number("full"), machine.number("yardstick"))
     return found
 
 

@@ -17,7 +17,7 @@ from budgetnet.assembly import Assembler, Runtime
 from budgetnet.costs.additive import decided_once
 from budgetnet.costs.latency_fit import LatencyFit
 from budgetnet.costs.measured import Measured
-from budgetnet.costs.stopwatch import Stopwatch
+from budgetnet.costs.stopwatch import Rest, Stopwatch
 from budgetnet.costs.timetable import Setting, Timetable, Whole
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.supernet import SuperNetwork
@@ -120,9 +120,9 @@ class Latency:
             return model.report(kept)
         return Stopwatch(self.assembler(network), self.quantile).report(kept)
 
-    def compared(self, network: SuperNetwork, kept: Tensor, full: float) -> Measured:
-        """As `measured`, but on the machine as it was when the full network took so many milliseconds."""
-        return Stopwatch(self.assembler(network), self.quantile).compared(kept, full)
+    def compared(self, network: SuperNetwork, kept: Tensor, then: Rest) -> Measured:
+        """As `measured`, but on the machine as it was then."""
+        return Stopwatch(self.assembler(network), self.quantile).compared(kept, then)
 
     def bind(self, network: SuperNetwork) -> LatencyModel | LatencyElsewhere:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.

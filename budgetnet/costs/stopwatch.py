@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -40,6 +41,30 @@ WAVER = 0.05
 """At most so much is added to what was measured, as a share, for a machine that did not come to rest."""
 
 
+class Rest(NamedTuple):
+    """What two networks take on a machine at rest, in milliseconds, by which others are compared.
+
+    Attributes:
+        full: the full one of a space, of the middle one of its builds and the quantile of its calls.
+        yardstick: a fixed small one.
+    """
+
+    full: float
+    yardstick: float
+
+    def slower(self, other: Rest, milliseconds: float) -> float:
+        """How many times as slow as on another machine a network is that takes so many milliseconds on this one.
+
+        From process to process large networks become slower or faster than small ones do: what lies between the two is
+        taken to lie between them in this, too.
+        """
+        by_full, by_yardstick = self.full / other.full, self.yardstick / other.yardstick
+        if self.full <= self.yardstick:
+            return by_full
+        share = min(1.0, max(0.0, (milliseconds - self.yardstick) / (self.full - self.yardstick)))
+        return by_yardstick + share * (by_full - by_yardstick)
+
+
 class Stopwatch:
     """Measures the networks of architectures, and notes how fast the machine is meanwhile.
 
@@ -49,7 +74,7 @@ class Stopwatch:
 
     Attributes:
         rest: milliseconds of the full network on the machine at rest; infinite before the `start`.
-        full: the same, of the middle one of its builds and the quantile of its calls.
+        took: at the `start`, or on the machine at rest since then.
         slowness: of the machine at rest: time of the yardstick, a fixed network, over what it took when the table of
             times was made.
         notes: what was noticed about the machine in the last measurement, by kind; before a search in any.
@@ -59,7 +84,7 @@ class Stopwatch:
         self.assembler, self.quantile, self.share = assembler, quantile, quantile_share(quantile)
         self.builds = BUILDS.get(assembler.runtime, 3)
         self.beside: list[Run] = []
-        self.rest = self.full = inf
+        self.rest, self.took = inf, Rest(inf, inf)
         self.slowness, self.notes = 1.0, dict[str, str]()
 
     def start(self) -> tuple[Measured, float]:
@@ -71,8 +96,9 @@ class Stopwatch:
             full += more
             (*found, yard), _ = self._rested([*full, yardstick], self._calls(CALLS), SECONDS, PATIENCE / 3)
         whole = Measured.middle([self._seen(one) for one in found])
-        self.beside, self.rest, self.full = full[:1], found[0].fastest(COUNTED).quantile(0.5), whole.value
-        return whole, yard.quantile(0.5)
+        self.beside, self.rest = full[:1], found[0].fastest(COUNTED).quantile(0.5)
+        self.took = Rest(whole.value, yard.quantile(0.5))
+        return whole, self.took.yardstick
 
     def quickly(self, ways: Sequence[Run], calls: int, *, first: bool = False) -> tuple[list[Timing], float]:
         """What functions take, in turns, and how many times as slow as at rest the machine was.
@@ -119,10 +145,10 @@ class Stopwatch:
 
     def anew(self, kept: Tensor) -> Measured:
         """As `report` after a `start`, but measured in a new process where that is possible, as `compared` has it."""
-        return self.compared(kept, self.full) if self.assembler.runtime == "onnxruntime" else self.report(kept)
+        return self.compared(kept, self.took) if self.assembler.runtime == "onnxruntime" else self.report(kept)
 
-    def compared(self, kept: Tensor, full: float) -> Measured:
-        """What `report` would say on the machine as it was when the full network took `full` ms.
+    def compared(self, kept: Tensor, then: Rest) -> Measured:
+        """What `report` would say on the machine as it was then.
 
         For onnxruntime the full network and the other one are built and measured in a new process: a process that has
         built hundreds of networks places a new one so that it is up to 8 % slower beside the full one.
@@ -133,15 +159,16 @@ class Stopwatch:
             there.start()
             found = there.report(kept)
         self.notes = there.notes
-        return found.slower(there.full / full)
+        return found.slower(there.took.slower(then, found.value))
 
     def baseline(self) -> dict[str, float]:
-        """The machine as it was at the start, for a run to go on with: `{"rest", "full", "slowness"}`."""
-        return {"rest": self.rest, "full": self.full, "slowness": self.slowness}
+        """The machine as it was at the start, for a run to go on with: `{"rest", "full", "yardstick", "slowness"}`."""
+        return {"rest": self.rest, **self.took._asdict(), "slowness": self.slowness}
 
     def go_by(self, baseline: Mapping[str, float]) -> None:
         """From now on all milliseconds are of the machine of a `baseline`."""
-        self.rest, self.full, self.slowness = (baseline[name] for name in ("rest", "full", "slowness"))
+        self.rest, self.slowness = baseline["rest"], baseline["slowness"]
+        self.took = Rest(baseline["full"], baseline["yardstick"])
 
     def note(self, slowness: float, disturbed: float = 0.0) -> None:
         """Notes how many times as slow the machine is as at first, and the share of calls that were interrupted."""
@@ -181,7 +208,8 @@ class Stopwatch:
         times = slowness(found)
         self.note(self.slowness * times, float(np.mean([timing.disturbed for timing in found])))
         if times < 1 / REST:  # it was not at rest at the start
-            self.rest, self.full, self.slowness = self.rest * times, self.full * times, self.slowness * times
+            self.rest, self.slowness = self.rest * times, self.slowness * times
+            self.took = Rest(*(milliseconds * times for milliseconds in self.took))
             times = 1.0
         return found[: len(ways)], times
 
