@@ -17,7 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,7 @@ GATED = {
     "pruned wide": Gated({"expansion": 2}),
     "pruned taught": Gated({}, TAUGHT),
     "conditional": Gated({"conditional": True}, {"noiseless": 0.7}),
-    "conditional folded": Gated({"conditional": True}, {"noiseless": 0.7}, fold=0.05),
     "conditional layers": Gated({"conditional": True, "gates": "layers"}, {"noiseless": 0.7}),
-    "conditional layers folded": Gated({"conditional": True, "gates": "layers"}, {"noiseless": 0.7}, fold=0.05),
     "pruned streams": Gated({"where": "stream"}),
     "layers": Gated({"gates": "layers"}),
     "blocks and eights": Gated({"gates": "both", "granularity": 8}),
@@ -85,6 +83,7 @@ GATED = {
 taught ones the full network learns beside them to the end, which their seconds show; gates that look at the input have
 noise until the limit is in full force; "batch activation" is Eq. 1 of Herrmann et al., where "pruned" has a price on
 what exceeds the limit."""
+GATED |= {f"{kind} folded": replace(GATED[kind], fold=0.05) for kind in ("conditional", "conditional layers")}
 IN_TIME = 0.8
 KINDS = (*GATED, "narrowed", "torch-pruning", "fastnas", "found shape", *RANDOM)
 DENSE_EPOCHS = 2 / 3

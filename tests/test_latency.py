@@ -1000,10 +1000,10 @@ def test_what_the_new_process_sees_counts_beside_its_own_full_network(speed: flo
     class There(Assembler):
         """Where all takes `speed` times as long, and the network beside the full one `by` times that."""
 
-        def whole(self, row: Tensor) -> float:  # type: ignore[override]
+        def whole(self, row: Tensor) -> float:
             return speed * (1.0 if torch.equal(row, full) else by) * whole(self, row)
 
-        def yardstick(self) -> float:  # type: ignore[override]
+        def yardstick(self) -> float:
             return speed * yardstick(self)
 
     def apart(self: Assembler) -> nullcontext[Assembler]:

@@ -74,7 +74,7 @@ class Stopwatch:
 
     Attributes:
         rest: milliseconds of the full network on the machine at rest; infinite before the `start`.
-        took: at the `start`, or on the machine at rest since then.
+        took: what that one and the yardstick took at the `start`, or since then if the machine was at rest only later.
         slowness: of the machine at rest: time of the yardstick, a fixed network, over what it took when the table of
             times was made.
         notes: what was noticed about the machine in the last measurement, by kind; before a search in any.
