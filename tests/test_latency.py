@@ -27,7 +27,7 @@ from budgetnet.cli.measure import then_of
 from budgetnet.costs import Latency, MACs, stopwatch
 from budgetnet.costs.channel_time import channel_time, counts_key, openings
 from budgetnet.costs.latency import NETWORKS, LatencyModel, widely
-from budgetnet.costs.measured import Measured
+from budgetnet.costs.measured import Measured, MeasuredModel
 from budgetnet.costs.stopwatch import Stopwatch
 from budgetnet.costs.timetable import Setting, Timetable, Whole, fitted
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
@@ -250,7 +250,7 @@ def test_a_table_spares_measuring_again_and_scales_with_the_machine(tmp_path: Pa
 
     monkeypatch.setattr(Assembler, "times", counted)
     again = cost.bind(space)
-    assert asked == [4]  # the full network in three builds, and the yardstick, alone
+    assert asked == [3, 6]  # the full network, looked at, then its three builds and the yardsticks
     used = space.used(widely(space, 8, generator()))
     assert torch.allclose(first(used), again(used))
     assert again.full == first.full
@@ -660,7 +660,7 @@ def test_quantiles_and_spaces_share_a_table_but_no_whole_networks(tmp_path: Path
     assert [len(model.known) for model in again] == [48] * 3
 
 
-class Off:
+class Off(MeasuredModel):
     """A measured cost whose truth lies a share above what it predicts."""
 
     unit = "ms"
@@ -696,6 +696,18 @@ def test_limits_hold_as_measured_and_hardly_anything_is_left(share: float, name:
     assert all(1.005 * value <= budget.limit for value in truth)
     assert max(truth) > 0.93 * budget.limit
     assert model.measured <= 40
+
+
+class Paths(Off):
+    """One whose predictions for edges lie so many times above."""
+
+    def __init__(self, space: bn.SuperNetwork, share: float, times: float) -> None:
+        super().__init__(space, share)
+        self.times = times
+
+    @property
+    def along_path(self) -> list[float]:
+        return [self.times * cost for cost in self.macs.along_path]
 
 
 class Stepped(Off):
@@ -846,11 +858,9 @@ def test_a_limit_is_refused_by_what_the_smallest_network_really_takes():
     slower = dataclasses.replace(budget, model=Off(space, 1.5))
     with pytest.raises(UnreachableBudget, match="smallest network of resnet takes"):
         check_reachable(space, [slower])
-    paths = Off(space, 0.5)
-    paths.along_path = [1.4 * cost for cost in paths.macs.along_path]  # what is predicted is too much
-    check_reachable(space, [dataclasses.replace(budget, model=paths)])
-    paths.along_path = [9 * cost for cost in paths.macs.along_path]  # by so much that the prediction must be wrong
-    wrong = dataclasses.replace(budget, model=paths)
+    # what is predicted is too much, then by so much that the prediction must be wrong
+    check_reachable(space, [dataclasses.replace(budget, model=Paths(space, 0.5, 1.4))])
+    wrong = dataclasses.replace(budget, model=Paths(space, 0.5, 9))
     assert check_reachable(space, [wrong])[0]["smallest"] < budget.limit
     with pytest.raises(UnreachableBudget, match="the smallest network of resnet takes") as caught:
         check_reachable(space, [wrong, slower])
@@ -1021,6 +1031,24 @@ def test_what_the_new_process_sees_counts_beside_its_own_full_network(speed: flo
     torch_only = Stopwatch(Latency(runtime="torch").assembler(space), "median")
     torch_only.start()
     assert torch_only.anew(kept).value == pytest.approx(here)  # in this process
+
+
+@pytest.mark.usefixtures("clocked")
+def test_what_a_network_is_compared_with_is_timed_in_turns_with_it(monkeypatch):
+    """On a machine where small networks take half as long again once this one was looked at, and large ones do not."""
+    space, before, small = SPACES["fabric"]().eval(), Assembler.times, []
+    kept, then = space.of_edges(space.graph.cheapest_path([1.0] * len(space.graph.edges))), stopwatch.Rest(2.0, 1.0)
+    usual = Latency().bind(space).measure(kept)[0].value
+    monkeypatch.setattr(Assembler, "whole", lambda self, row: usual if torch.equal(row, kept) else 2.0)
+    assert usual < 1.0
+
+    def times(self: Assembler, ways: Sequence[float], calls: int, seconds: float = 0.0) -> list[Timing]:
+        small.extend(way for way in ways if way == usual)
+        return before(self, [1.5 * way if small and way < 2.0 else way for way in ways], calls, seconds)
+
+    monkeypatch.setattr(Assembler, "times", times)
+    found = Stopwatch(Latency().assembler(space), "median").compared(kept, then)
+    assert (found.value, found.slowness) == (pytest.approx(usual), pytest.approx(1.5))
 
 
 @pytest.mark.parametrize(

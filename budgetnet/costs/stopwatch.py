@@ -89,15 +89,10 @@ class Stopwatch:
 
     def start(self) -> tuple[Measured, float]:
         """What the full network takes on the machine at rest, and milliseconds of the yardstick."""
-        kept, yardstick = self.assembler.network.architecture("full"), self.assembler.yardstick()
-        full = self._built(kept)
-        (*found, yard), _ = self._rested([*full, yardstick], self._calls(CALLS), SECONDS, PATIENCE / 3)
-        if more := self._built(kept, self._careful(found[0].quantile(0.5)) - len(full)):
-            full += more
-            (*found, yard), _ = self._rested([*full, yardstick], self._calls(CALLS), SECONDS, PATIENCE / 3)
-        whole = Measured.middle([self._seen(one) for one in found])
-        self.beside, self.rest = full[:1], found[0].fastest(COUNTED).quantile(0.5)
-        self.took = Rest(whole.value, yard.quantile(0.5))
+        yardsticks, full = self._references()
+        found, _ = self._rested([*yardsticks, *full], self._calls(CALLS), SECONDS, PATIENCE / 3)
+        whole, self.took = self._told(found, len(yardsticks))
+        self.beside, self.rest = full[:1], found[len(yardsticks)].fastest(COUNTED).quantile(0.5)
         return whole, self.took.yardstick
 
     def quickly(self, ways: Sequence[Run], calls: int, *, first: bool = False) -> tuple[list[Timing], float]:
@@ -131,17 +126,7 @@ class Stopwatch:
 
     def report(self, kept: Tensor) -> Measured:
         """As `measure`, with more care, of one architecture, `(1, G)`; as it was seen where there was no `start`."""
-        self.notes.clear()
-        builds = self._built(kept)
-        glance = min(timing.quantile(0.5) for timing in self.assembler.times(builds, BURST, 0.0))
-        builds += self._built(kept, self._careful(glance) - len(builds))
-        found, slowness = self._rested(builds, self._calls(CALLS), SECONDS, PATIENCE)
-        unrest = max(timing.unrest for timing in found)
-        if unrest > AGREE:
-            told = f"the fastest calls lie {100 * unrest:.0f} % apart"
-            self.notes["restless"] = f"the machine did not come to rest: {told}"
-        self.notes.pop("slower", None)  # what is returned says by how much
-        return Measured.middle([self._seen(timing, slowness) for timing in found])
+        return self._report(kept)[0]
 
     def anew(self, kept: Tensor) -> Measured:
         """As `report` after a `start`, but measured in a new process where that is possible, as `compared` has it."""
@@ -150,16 +135,18 @@ class Stopwatch:
     def compared(self, kept: Tensor, then: Rest) -> Measured:
         """What `report` would say on the machine as it was then.
 
-        For onnxruntime the full network and the other one are built and measured in a new process: a process that has
-        built hundreds of networks places a new one so that it is up to 8 % slower beside the full one.
+        The full network and the yardstick are timed in turns with the other one, as a machine that others use does not
+        stay as it is for seconds. For onnxruntime all are built in a new process: a process that has built hundreds of
+        networks places a new one so that it is up to 8 % slower beside the full one.
         """
         apart = self.assembler.runtime == "onnxruntime"
         with self.assembler.apart() if apart else nullcontext(self.assembler) as assembler:
             there = Stopwatch(assembler, self.quantile)
-            there.start()
-            found = there.report(kept)
+            yardsticks, full = there._references()
+            found, beside = there._report(kept, [*yardsticks, *full])
+            _, now = there._told(beside, len(yardsticks))
         self.notes = there.notes
-        return found.slower(there.took.slower(then, found.value))
+        return found.slower(now.slower(then, found.value))
 
     def baseline(self) -> dict[str, float]:
         """The machine as it was at the start, for a run to go on with: `{"rest", "full", "yardstick", "slowness"}`."""
@@ -183,9 +170,35 @@ class Stopwatch:
         times = self.builds if builds is None else builds
         return [self.assembler.whole(row[None]) for row in kept.repeat_interleave(times, dim=0)]
 
-    def _careful(self, milliseconds: float) -> int:
-        """How often to build a network for its result where it takes so long."""
-        return MANY if self.builds > 1 and milliseconds < FAST else self.builds
+    def _carefully(self, kept: Tensor) -> list[Run]:
+        """The network of an architecture, `(1, G)`, built as often as it is for a result."""
+        builds = self._built(kept)
+        if self.builds == 1 or min(one.quantile(0.5) for one in self.assembler.times(builds, BURST, 0.0)) >= FAST:
+            return builds
+        return builds + self._built(kept, MANY - len(builds))
+
+    def _references(self) -> tuple[list[Run], list[Run]]:
+        """The yardstick and the full network, each built several times."""
+        yardsticks = [self.assembler.yardstick() for _ in range(self.builds)]
+        return yardsticks, self._carefully(self.assembler.network.architecture("full"))
+
+    def _told(self, found: Sequence[Timing], yardsticks: int) -> tuple[Measured, Rest]:
+        """What the full network takes, and how the machine is, of the times of so many yardsticks and those of it."""
+        yard = float(np.median([timing.quantile(0.5) for timing in found[:yardsticks]]))
+        whole = Measured.middle([self._seen(timing) for timing in found[yardsticks:]])
+        return whole, Rest(whole.value, yard)
+
+    def _report(self, kept: Tensor, beside: Sequence[Run] = ()) -> tuple[Measured, list[Timing]]:
+        """As `report`, and the times of others, in turns with it."""
+        self.notes.clear()
+        builds = self._carefully(kept)
+        found, slowness = self._rested([*builds, *beside], self._calls(CALLS), SECONDS, PATIENCE)
+        unrest = max(timing.unrest for timing in found)
+        if unrest > AGREE:
+            told = f"the fastest calls lie {100 * unrest:.0f} % apart"
+            self.notes["restless"] = f"the machine did not come to rest: {told}"
+        self.notes.pop("slower", None)  # what is returned says by how much
+        return Measured.middle([self._seen(timing, slowness) for timing in found[: len(builds)]]), found[len(builds) :]
 
     def _calls(self, calls: int) -> int:
         """Calls of each build in a look, or as many as the quantile needs of each."""
