@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import budgetnet as bn
-from budgetnet.budgets import CostModel
+from budgetnet.costs.model import CostModel
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def describe(
     bits, used = network.decisions(kept)[0].bool().tolist(), network.used(kept)[0].bool().tolist()
     gates = network.probabilities().tolist() if rates is None else rates
     probability = [None if column is None else gates[column] for column in network.gate_of]
-    priced = [(budget.name, weights) for budget in budgets if (weights := _of_edges(budget, network.used(kept)))]
+    priced = [(budget.name, weights) for budget in budgets if (weights := budget.model.of_edges(network.used(kept)))]
     connected = budgets if bool(network.connects(network.used(kept))[0]) else ()
     plans = [(budget.name, timeline_of(budget.model, network, network.used(kept))) for budget in connected]
     cuts = [(budget.name, cut_of(budget.model, network.used(kept))) for budget in connected]
@@ -71,13 +71,6 @@ def describe(
         "schedules": [{"cost": name, **asdict(plan)} for name, plan in plans if plan is not None],
         "cuts": [{"cost": name, **asdict(cut)} for name, cut in cuts if cut is not None],
     }
-
-
-def _of_edges(budget: BoundBudget, used: Tensor) -> list[float] | None:
-    """What each edge costs, in this architecture or on a path of its own, None where the cost cannot say."""
-    of_edges = getattr(budget.model, "of_edges", None)
-    weights: list[float] | None = of_edges(used) if of_edges else getattr(budget.model, "along_path", None)
-    return weights
 
 
 def named(network: SuperNetwork, name: str) -> Tensor:

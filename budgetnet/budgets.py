@@ -15,6 +15,7 @@ from budgetnet.costs import Activation, Latency, Layers, MACs, Memory, Params, S
 from budgetnet.costs.drawn import DrawnModel, Examples
 from budgetnet.costs.function import Function, function_in
 from budgetnet.costs.measured import MeasuredModel
+from budgetnet.costs.model import CostModel
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.objectives import hinge, squared
 from budgetnet.supernet import SuperNetwork
@@ -41,17 +42,6 @@ TOLERANCE = 0.05
 """A target counts as met within this share of it."""
 SURELY = 1.5
 """A limit on what is only predicted is refused where no network is predicted to come within so many times of it."""
-
-
-class CostModel(Protocol):
-    """A cost of one network's architectures."""
-
-    @property
-    def unit(self) -> str:
-        """What the numbers count."""
-
-    def __call__(self, used: Tensor) -> Tensor:
-        """Maps `(B, U)` used units to `(B,)` costs."""
 
 
 class Cost(Protocol):
@@ -129,8 +119,7 @@ class Budget:
         """What it means for this network."""
         model = self.cost.bind(network)
         limit = _limit(self._given, self.cost.unit)
-        known = getattr(model, "full", None)  # as it was measured
-        full = float(model(network.used(network.architecture("full")))[0]) if known is None else float(known)
+        full = float(model(network.used(network.architecture("full")))[0]) if model.full is None else model.full
         number = limit.number / 100 * full if limit.percent else limit.number
         if not number > 0:
             raise ConfigError(f"{cost_name(self.cost)} of the full network is 0, of which {self._given} is no limit")
@@ -204,14 +193,13 @@ class BoundBudget:
         on a path of its own this is exact, but for a path that brings fixed edges beside it to life. A cost
         that does not add up may know its own smallest architecture.
         """
-        if (smallest := getattr(self.model, "smallest", None)) is not None:
-            found: Tensor = smallest()
-            return found
+        if (smallest := self.model.smallest()) is not None:
+            return smallest
         none = network.of_edges(())
         connected = bool(network.connects(network.used(none))[0])
         if connected and not network.exits:
             return none
-        weights = getattr(self.model, "along_path", None) or [1.0] * len(network.graph.edges)
+        weights = self.model.along_path or [1.0] * len(network.graph.edges)
         path = network.of_edges(network.graph.cheapest_path(weights))
         costs = self.model(network.used(torch.cat([path, none])))
         return none if connected and bool(costs[1] < costs[0]) else path
@@ -320,13 +308,11 @@ def _beside(network: SuperNetwork, budget: BoundBudget, sampled: Tensor) -> tupl
     cheapest = budget.cheapest(network)
     path = network.used(cheapest)
     smallest = least = float(budget.model(path)[0])
-    costs, monotone = budget.model(sampled), bool(getattr(budget.model, "monotone", True))
+    costs, monotone = budget.model(sampled), budget.model.monotone
     if not monotone:
         smallest = min([smallest, budget.full, *costs[network.connects(sampled)].tolist()])
-    elif (trained := getattr(budget.model, "trained", None)) is not None:
-        smallest = least = float(trained(cheapest))
     elif isinstance(budget.model, MeasuredModel):
-        found = budget.model.measure(cheapest)[0]
+        found = budget.model.beforehand(cheapest)
         smallest, least = found.value, found.low
     refusal = ""
     if monotone and least > budget.limit * (1 if budget.upper else 1 + TOLERANCE):
@@ -383,16 +369,16 @@ def fitting_path(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> Tenso
     Costs never fall when a module is added, so where no path fits, nothing does. Costs that cannot
     say what an edge costs on a path of its own are left out.
     """
-    known = [(getattr(b.model, "along_path", None), b.limit) for b in budgets if b.upper]
+    known = [(b.model.along_path, b.limit) for b in budgets if b.upper]
     weights = [(costs, limit) for costs, limit in known if costs is not None]
     path = network.graph.fitting_path([costs for costs, _ in weights], [limit for _, limit in weights])
     return None if path is None else network.of_edges(path)
 
 
 def _binding(network: SuperNetwork, budget: BoundBudget, path: Tensor) -> str:
-    if (words := getattr(budget.model, "binding", None)) is not None:
-        return str(words(path))
-    weights = getattr(budget.model, "along_path", None)
+    if (words := budget.model.binding(path)) is not None:
+        return words
+    weights = budget.model.along_path
     edges = path[0, : len(network.graph.edges)].nonzero().flatten().tolist()
     if weights is None:
         return f"its {len(edges)} modules are the shortest path"

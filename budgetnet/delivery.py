@@ -38,7 +38,7 @@ from budgetnet.export import load as load_file
 from budgetnet.extraction import count, extract, fold_batch_norm, state_bytes
 from budgetnet.gated import contiguous
 from budgetnet.inference import Inference, Observed, exit_table, observe, settled_threshold
-from budgetnet.measure import cost_of, extracted
+from budgetnet.measure import cost_of
 from budgetnet.report.records import Record
 from budgetnet.runs import RunFolder, load_tensors
 from budgetnet.session import Session
@@ -241,7 +241,7 @@ def _milliseconds(file: Path, x: Tensor) -> dict[str, Any]:
 
 def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:
     """A budget beside what an architecture, `(1, G)` and `(1, U)`, costs: counted, predicted, or measured anew."""
-    model = extracted(budget.model)
+    model = budget.model.decided()
     if isinstance(model, LatencyElsewhere):
         return {**reached(budget, float(model(used)[0])), "predicted_for": model.machine}
     if not isinstance(model, MeasuredModel):

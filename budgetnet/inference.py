@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from budgetnet.budgets import TOLERANCE, BoundBudget, CostModel
+from budgetnet.budgets import TOLERANCE, BoundBudget
 from budgetnet.checks import at_least
+from budgetnet.costs.model import CostModel
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.evaluation import Examples, evaluate
 from budgetnet.sites import AlwaysOn, Policy, Sample, Threshold

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from budgetnet.budgets import Cost, CostModel, parse_cost
+from budgetnet.budgets import Cost, parse_cost
 from budgetnet.costs import Function, Latency, stopwatch
-from budgetnet.costs.additive import EdgeCost
-from budgetnet.costs.file_size import FileSize
-from budgetnet.costs.measured import Measured
+from budgetnet.costs.measured import Measured, MeasuredModel
 from budgetnet.costs.stopwatch import Rest
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.export import file_latency, load, load_program
@@ -91,14 +88,11 @@ def cost_of(cost: Cost, network: SuperNetwork, kept: Tensor, *, decided: bool = 
     """
     if isinstance(cost, Latency | Function):
         return cost.measured(network, kept)
-    model = extracted(cost.bind(network)) if decided else cost.bind(network)
-    value = float(model.trained(kept) if isinstance(model, FileSize) else model(network.used(kept))[0])
+    model = cost.bind(network).decided() if decided else cost.bind(network)
+    if isinstance(model, MeasuredModel):
+        return model.beforehand(kept)
+    value = float(model(network.used(kept))[0])
     return Measured(value, value, value)
-
-
-def extracted(model: CostModel) -> CostModel:
-    """The same cost of what is extracted, which has nothing left to decide."""
-    return replace(model, per_head={}) if isinstance(model, EdgeCost) else model
 
 
 def measure_file(path: str | Path, costs: Sequence[str] = ()) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from budgetnet.budgets import BoundBudget, Budget, CostModel, check_reachable, cost_name
+from budgetnet.budgets import BoundBudget, Budget, check_reachable, cost_name
 from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel
 from budgetnet.costs.latency import LatencyElsewhere, LatencyModel
 from budgetnet.costs.measured import LearningModel
+from budgetnet.costs.model import CostModel
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.inference import Forward, expected_costs, matching_threshold
 from budgetnet.objectives import (

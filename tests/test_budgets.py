@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from budgetnet import Budget, Edge, SuperNetwork
 from budgetnet.budgets import TOLERANCE, check_reachable, cost_name, parse_cost
-from budgetnet.costs import MACs, Memory, Params, Steps
+from budgetnet.costs import CostModel, MACs, Memory, Params, Steps
 from budgetnet.errors import ConfigError, UnreachableBudget
 from budgetnet.spaces import conv_fabric
 
@@ -165,7 +165,7 @@ def test_limits_out_of_reach_say_what_binds():
         check_reachable(NETWORK, [Budget(MACs(), target=limit).bind(NETWORK)])
 
 
-class Modules:
+class Modules(CostModel):
     """A cost of the user's: how many modules there are. It cannot say what an edge costs."""
 
     key, unit = "modules", "module"
@@ -177,7 +177,7 @@ class Modules:
         return used.sum(dim=1)
 
 
-def test_any_callable_is_a_cost():
+def test_a_cost_of_the_users_needs_no_more_than_a_call_and_a_unit():
     """Its smallest network is the path of the fewest modules: input, two convolutions, output."""
     bound = Budget(Modules(), at_most="50%").bind(NETWORK)
     assert bound.full == len(NETWORK.graph.edges)

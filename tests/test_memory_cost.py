@@ -402,7 +402,7 @@ def test_bytes_of_the_file_are_those_that_an_export_writes(name: str, trained: b
     assert isinstance(model, MeasuredModel)
     [found] = model.measure(kept)
     assert found.low == found.value == found.high == file.stat().st_size
-    assert (model.trained(kept) == found.value) == trained
+    assert (model.beforehand(kept).value == found.value) == trained
     assert float(model(network.used(kept))) == pytest.approx(found.value, rel=0.08)
     # the files themselves, which hold what the extracted network does
     costs, others = (measure_file(path, ["macs", "params", "memory:params", "memory:file"]) for path in (file, pt2))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from budgetnet.costs.additive import EdgeCost, edge_cost
+from budgetnet.costs.model import CostModel
 from budgetnet.shapes import Shape
 from budgetnet.supernet import SuperNetwork
 
@@ -39,7 +40,7 @@ class Activation:
 
 
 @dataclass(frozen=True, eq=False)
-class OpenGates:
+class OpenGates(CostModel):
     """How many gates are open.
 
     Attributes:
@@ -55,7 +56,7 @@ class OpenGates:
     weights: Tensor
     parts: int
     edges: int
-    unit: ClassVar[str] = "gate"
+    unit = "gate"
 
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units to `(B,)` float64 numbers of open gates, differentiably."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from budgetnet.costs.footprints import channel_table, least_open
+from budgetnet.costs.model import CostModel
 from budgetnet.errors import ConfigError
 from budgetnet.gated import GatedSequential
 from budgetnet.graph import Graph, both, either, opposite
@@ -71,7 +72,7 @@ class EdgeInside(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeCost:
+class EdgeCost(CostModel):
     """Sum over used edges, over the additions where they meet, and over the activations behind them.
 
     `C(H) = sum_e used_e(H) c_e(H) + sum_n max(0, inputs_n(H) - 1) a_n + sum_n alive_n(H) b_n`
@@ -102,6 +103,10 @@ class EdgeCost:
     answers: Collection[int] = ()
     exits: Mapping[int, Sequence[int]] = field(default_factory=dict)
     streams: Sequence[Stream] = ()
+
+    def decided(self) -> EdgeCost:
+        """The same cost of what is extracted, which has nothing left to decide."""
+        return replace(self, per_head={})
 
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units, bits or in [0, 1], to `(B,)` float64 costs in `unit`, differentiably."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from budgetnet.costs.latency import widely
 from budgetnet.costs.linear_fit import LinearFit
-from budgetnet.costs.measured import Measured
+from budgetnet.costs.measured import LearningModel, Measured
+from budgetnet.costs.model import CostModel
 from budgetnet.supernet import SuperNetwork
 
 Value = Callable[[Tensor | None], Tensor]
@@ -29,7 +30,7 @@ REMEMBERED = 2**16
 """Architectures whose exact cost is remembered."""
 
 
-class ExactModel:
+class ExactModel(CostModel):
     """A cost of the architecture alone, the same each time: each architecture is asked for once.
 
     Args:
@@ -50,7 +51,7 @@ class ExactModel:
         return torch.tensor(values, dtype=torch.float64, device=used.device)
 
 
-class DrawnModel:
+class DrawnModel(LearningModel):
     """A cost that is a random variable, or takes its time to be seen.
 
     Training draws one value for each sampled architecture and step: the objective is the expectation over the

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from budgetnet.assembly import Assembler
 from budgetnet.costs.held import HeldChannels, held_bytes
-from budgetnet.costs.measured import Measured
+from budgetnet.costs.measured import Measured, MeasuredModel
 from budgetnet.export import compacted
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.onnx_pieces import Piece
@@ -51,7 +51,7 @@ class FileChannels(HeldChannels):
         return cost
 
 
-class FileSize:
+class FileSize(MeasuredModel):
     """Bytes of the .onnx files that `export` writes of a network's architectures.
 
     Calling it predicts: the bytes that the extracted network holds, and for each used module and sum what a file has
@@ -66,6 +66,7 @@ class FileSize:
     """
 
     unit = "B"
+    full: float
 
     def __init__(self, network: SuperNetwork) -> None:
         self.network = network
@@ -83,7 +84,7 @@ class FileSize:
                 self.sizes.channels[edge] = FileChannels(**vars(inside), beside=beside)  # type: ignore[index]
         for node in self.assembler.nodes:
             self.sizes.per_node[node] += beside_weights(self._piece_of_node(node))
-        self.full = float(self.trained(network.architecture("full")))
+        self.full = self.beforehand(network.architecture("full")).value
 
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units to `(B,)` float64 bytes, differentiably; 0 where nothing is used."""
@@ -109,12 +110,13 @@ class FileSize:
         """The bytes of the file of an architecture, `(1, G)`."""
         return self.measure(kept)[0]
 
-    def trained(self, kept: Tensor) -> int:
+    def beforehand(self, kept: Tensor) -> Measured:
         """The bytes of the file of an architecture, `(1, G)`, with all its biases: one of zeros a file leaves out."""
         plain, generator = fold_batch_norm(extract(self.network, kept)).cpu(), torch.Generator().manual_seed(0)
         for value in plain.parameters():
             value.data.uniform_(generator=generator)
-        return int(self._file(kept, plain).ByteSize())
+        size = float(self._file(kept, plain).ByteSize())
+        return Measured(size, size, size)
 
     def _file(self, kept: Tensor, plain: fx.GraphModule) -> onnx.ModelProto:
         """What `export` writes of the plain network of an architecture, `(1, G)`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from budgetnet.assembly import Assembler, Runtime
 from budgetnet.costs.additive import decided_once
 from budgetnet.costs.latency_fit import LatencyFit
-from budgetnet.costs.measured import Measured
+from budgetnet.costs.measured import LearningModel, Measured
 from budgetnet.costs.stopwatch import Rest, Stopwatch
 from budgetnet.costs.timetable import Setting, Timetable, Whole
 from budgetnet.errors import ConfigError, FileError
@@ -146,7 +146,7 @@ class Latency:
         return LatencyModel(network, self)
 
 
-class LatencyModel(LatencyFit):
+class LatencyModel(LatencyFit, LearningModel):
     """Latency of a network's architectures, measured on this machine where it counts, else predicted.
 
     What the table lacks is timed. The weights are fitted to whole networks that are measured before the search and

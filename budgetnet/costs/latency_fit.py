@@ -14,13 +14,14 @@ from torch import Tensor
 from budgetnet.assembly import Assembler, Run
 from budgetnet.costs.additive import ChannelCost, EdgeCost, MACs
 from budgetnet.costs.channel_time import ChannelTime, channel_time, counts_key, openings
+from budgetnet.costs.model import CostModel
 from budgetnet.costs.timetable import Timetable, Whole, fitted
 from budgetnet.errors import FileError
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.supernet import SuperNetwork
 
 
-class LatencyFit:
+class LatencyFit(CostModel):
     """Latency of a network's architectures: `T(H) = w_0 + sum_g w_g S_g(H)` over kinds g of modules and sums.
 
     `S_g` is what the table has for all used modules of that kind. The weights are fitted to the whole networks of the

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+from budgetnet.costs.model import CostModel
 
 
 @dataclass(frozen=True)
@@ -54,44 +56,46 @@ class Measured:
         return {name: value for name, value in given.items() if value is not None}
 
 
-@runtime_checkable
-class MeasuredModel(Protocol):
+class MeasuredModel(CostModel):
     """A cost whose own value is seen on the extracted network only.
 
     Calling it predicts, which is what training, cutting and filling up go by; what is handed over keeps its limit
-    by `measure`. One that learns from what it measures has `refit` beside it: see `LearningModel`.
+    by `measure`.
     """
 
-    @property
-    def unit(self) -> str:
-        """What the numbers count."""
-
-    def __call__(self, used: Tensor) -> Tensor:
-        """Maps `(B, U)` used units to `(B,)` predicted costs."""
-
+    @abstractmethod
     def measure(self, kept: Tensor) -> list[Measured]:
         """What the extracted networks of `(n, G)` architectures cost, measured side by side."""
 
+    @abstractmethod
     def report(self, kept: Tensor) -> Measured:
         """What the extracted network of an architecture, `(1, G)`, is said to cost: measured with more care."""
 
+    def beforehand(self, kept: Tensor) -> Measured:
+        """What the extracted network of an architecture, `(1, G)`, costs once it is trained."""
+        return self.measure(kept)[0]
 
-@runtime_checkable
-class LearningModel(MeasuredModel, Protocol):
+
+class LearningModel(MeasuredModel):
     """A measured cost whose predictions are corrected by what is measured.
 
     Attributes:
         error: median relative error of predictions for networks that were not known to them.
-        notes: what was noticed about the machine, by kind.
         each_epoch: architectures to measure after each epoch of a search.
     """
 
     error: float
-    notes: dict[str, str]
     each_epoch: int
 
+    @property
+    @abstractmethod
+    def notes(self) -> dict[str, str]:
+        """What was noticed about the machine, or the predictions, by kind."""
+
+    @abstractmethod
     def refit(self, kept: Tensor) -> None:
         """Measures the networks of `(n, G)` architectures and corrects the predictions."""
 
+    @abstractmethod
     def save(self) -> None:
-        """Writes what is known to its file."""
+        """Writes what is known to its file, if it has one."""

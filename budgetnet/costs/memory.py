@@ -16,6 +16,7 @@ from budgetnet.costs.file_size import FileSize
 from budgetnet.costs.footprints import ChannelFootprint, least_open
 from budgetnet.costs.held import held_bytes
 from budgetnet.costs.liveness import Liveness
+from budgetnet.costs.model import CostModel
 from budgetnet.errors import ConfigError
 from budgetnet.gated import GatedSequential
 from budgetnet.supernet import SuperNetwork
@@ -80,7 +81,7 @@ class Option:
     units: tuple[int, ...]
 
 
-class MemoryCost:
+class MemoryCost(CostModel):
     """Memory of a network's architectures.
 
     Args:

@@ -13,6 +13,7 @@ from torch import Tensor
 from budgetnet.checks import at_least
 from budgetnet.costs.additive import EdgeCost, MACs
 from budgetnet.costs.footprints import FLOAT
+from budgetnet.costs.model import CostModel
 from budgetnet.errors import ConfigError
 from budgetnet.graph import topological_order
 from budgetnet.supernet import SuperNetwork
@@ -99,7 +100,7 @@ class Placement:
     end: Tensor
 
 
-class ScheduleCost:
+class ScheduleCost(CostModel):
     """List scheduling of many architectures at once.
 
     Args:

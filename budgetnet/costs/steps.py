@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from budgetnet.checks import at_least
+from budgetnet.costs.model import CostModel
 from budgetnet.errors import ConfigError
 from budgetnet.graph import Graph, topological_order
 from budgetnet.supernet import SuperNetwork
@@ -43,7 +44,7 @@ class Steps:
         return StepCost(network.graph, network.edge_steps, network.node_steps, self.workers)
 
 
-class StepCost:
+class StepCost(CostModel):
     """List scheduling of many architectures at once.
 
     A task is an edge's module or a node's sum. In a topological list every task's predecessors and

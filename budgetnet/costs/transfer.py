@@ -12,6 +12,7 @@ from torch import Tensor
 
 from budgetnet.costs.additive import MACs, decided_once
 from budgetnet.costs.liveness import Liveness
+from budgetnet.costs.model import CostModel
 from budgetnet.errors import ConfigError
 from budgetnet.supernet import SuperNetwork
 
@@ -90,7 +91,7 @@ def cut_of(model: object, used: Tensor) -> Cut | None:
     return model.cut(used) if isinstance(model, TransferCost) else None
 
 
-class TransferCost:
+class TransferCost(CostModel):
     """Bytes sent from the device, of a network's architectures.
 
     Args:
