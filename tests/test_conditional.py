@@ -808,16 +808,29 @@ def test_the_file_runs_the_branches_that_are_open(tmp_path):
         assert ran["Gemm"] == 1
 
 
-def test_many_patterns_of_groups_are_masked(tmp_path):
-    """Told to write no branches for patterns: the groups are computed and multiplied, the same outputs come."""
+@pytest.mark.parametrize(("block", "width"), [(0, 6), (3, 6), (4, 8), (8, 8)])
+def test_many_patterns_of_groups_are_masked(tmp_path, block: int, width: int):
+    """Told to write no branches for patterns: the groups are computed and multiplied, the same outputs come.
+
+    So they do where channels of zeros fill a block up, and something is added to closed ones instead.
+    """
     network = gated_by_pixels(own=True, groups=True)
     plain = conditional(network)
     x = opening(network, [[bool(row >> place & 1) for place in range(4)] for row in range(16)])
-    path = export_conditional(plain, tmp_path / "network.onnx", x, branches=1)
+    path = export_conditional(plain, tmp_path / "network.onnx", x, branches=1, block=block)
     run = load(path)
     torch.testing.assert_close(torch.cat([run(row[None]) for row in x]), reference(network, x)[0], rtol=1e-4, atol=1e-5)
-    kinds = Counter(node.op_type for node in operators(onnx.load(path).graph))
-    assert (kinds["If"], kinds["Conv"]) == (1, 2)
+    model = onnx.load(path)
+    kinds = Counter(node.op_type for node in operators(model.graph))
+    assert (kinds["If"], kinds["Conv"], kinds["Resize"]) == ((1, 3, 1) if block else (1, 2, 0))
+    [branch] = [
+        attribute.g
+        for node in model.graph.node
+        for attribute in node.attribute
+        if b"Conv" in attribute.g.SerializeToString()
+    ]
+    shapes = [weight.dims for weight in branch.initializer if list(weight.dims[2:]) == [3, 3]]
+    assert shapes == [[width, CHANNELS, 3, 3], [CHANNELS, width, 3, 3]]
 
 
 @pytest.mark.parametrize("always_open", [0, 1])
@@ -840,11 +853,21 @@ def test_wide_groups_are_added_up(tmp_path, always_open: int):
         assert run_counts(path, x[row : row + 1])["Conv"] == 2 * (sum(is_open) + always_open)
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("both", 3), ("mixed", 2), ("exits", 1), ("locked exits", 0)])
-def test_any_network_is_exported(tmp_path, kind: str, seed: int):
+@pytest.mark.parametrize(
+    ("kind", "seed", "options"),
+    [
+        ("both", 3, {}),
+        ("mixed", 2, {}),
+        ("exits", 1, {}),
+        ("locked exits", 0, {}),
+        ("both", 1, {"block": 4}),
+        ("mixed", 0, {"block": 8, "branches": 1}),
+    ],
+)
+def test_any_network_is_exported(tmp_path, kind: str, seed: int, options: dict[str, int]):
     network = any_network(kind, seed, nodes=3, extra=2)
     x = images(network, 6, seed)
-    run = load(export_conditional(conditional(network), tmp_path / "network.onnx", x[:1]))
+    run = load(export_conditional(conditional(network), tmp_path / "network.onnx", x[:1], **options))
     expected = reference(network, x)[0]
     scale = max(1.0, float(expected.abs().max()))
     output = torch.cat([run(row[None]) for row in x])
@@ -852,10 +875,11 @@ def test_any_network_is_exported(tmp_path, kind: str, seed: int):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"block": 4}, {"block": 8, "branches": 1, "wide": 99}])
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_networks_are_exported(tmp_path, kind: str, seed: int):
-    test_any_network_is_exported(tmp_path, kind, seed)
+def test_many_networks_are_exported(tmp_path, kind: str, seed: int, options: dict[str, int]):
+    test_any_network_is_exported(tmp_path, kind, seed, options)
 
 
 class Fickle(nn.Module):

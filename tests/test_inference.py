@@ -12,6 +12,7 @@ from small import unsettled
 import budgetnet as bn
 from budgetnet.conditional import beside, conditional
 from budgetnet.conditional.branches import WHOLE
+from budgetnet.conditional.variants import VARIANTS
 from budgetnet.data import Batches
 from budgetnet.delivery import evaluate_gates, fold_gates, restored
 from budgetnet.errors import ConfigError, FileError, UnreachableBudget
@@ -343,14 +344,13 @@ def test_a_fixed_architecture_of_gates_that_look_at_the_input_is_handed_over(tmp
         torch.testing.assert_close(found.network()(x), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("faster", ["branches", "masks"])
+@pytest.mark.parametrize("faster", ["branches", "masks", "branches, filled", "masks, filled"])
 def test_the_network_and_its_file_run_as_is_faster_on_this_machine(tmp_path, monkeypatch, faster):
     """By made-up times: of an edge and of the network the last way is the fastest, so that nothing is skipped."""
     calls = []
 
     def timed(ways, *, calls=0) -> list[Timing]:
-        milliseconds = {"branches": [1.0, 2.0], "masks": [2.0, 1.0]}[faster]
-        return [Timing(np.full(calls, value), 0.0) for value in milliseconds[: len(ways)]]
+        return [Timing(np.full(calls, 1.0 if name == faster else 2.0), 0.0) for name in list(VARIANTS)[: len(ways)]]
 
     def descending(ways, repeats, device) -> list[float]:
         calls.append(len(ways))
@@ -366,13 +366,14 @@ def test_the_network_and_its_file_run_as_is_faster_on_this_machine(tmp_path, mon
     assert all(rows == dict.fromkeys(("1", "16", "64"), WHOLE._asdict()) for rows in table.values())
     assert calls.count(2) >= 2
     assert found.result["inference"]["onnx"] == faster
-    ratio = 0.5 if faster == "branches" else 2.0
+    ratio = {"branches": 0.5, "masks": 2.0}.get(faster, 1.0)
     assert found.result["inference"]["beside_full"] == dict.fromkeys(
         ("torch 1", "torch 16", "torch 64", "onnxruntime 1"), ratio
     )
-    assert set(found.result["network"]["onnx_ms"]) == {"branches", "masks"}
-    file = tmp_path / "run" / "network.onnx"
-    assert (b"ReduceMax" in file.read_bytes()) == (faster == "masks")  # whether any group is open, of a table of bits
+    assert list(found.result["network"]["onnx_ms"]) == list(VARIANTS)
+    file = (tmp_path / "run" / "network.onnx").read_bytes()
+    assert (b"ReduceMax" in file) == ("masks" in faster)  # whether any group is open, of a table of bits
+    assert (b"Resize" in file) == (faster == "masks, filled")
     assert not list((tmp_path / "run").glob("network.*.onnx"))
 
 

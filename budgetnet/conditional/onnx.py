@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from itertools import count, product
+from itertools import count, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from budgetnet.conditional.bodies import Body, Pattern, Step, Variant, run_steps, step_of
 from budgetnet.conditional.branches import Branch
@@ -28,6 +29,9 @@ from budgetnet.onnx_pieces import Pieces, Scope
 BRANCHES, WIDE = 8, 32
 """Combinations of an edge's groups up to which each has a branch, and channels from which on each group has one."""
 
+BLOCK = 8
+"""Channels that onnxruntime computes together on a processor with AVX2; one with AVX-512 takes 16."""
+
 TOLERANCE = 1e-3
 """Largest difference, relative to the largest output, of a file from its network."""
 
@@ -36,7 +40,13 @@ UNDECIDED = 1e-4
 
 
 def export_conditional(
-    network: ConditionalNetwork, path: str | Path, example: Tensor, *, branches: int = BRANCHES, wide: int = WIDE
+    network: ConditionalNetwork,
+    path: str | Path,
+    example: Tensor,
+    *,
+    branches: int = BRANCHES,
+    wide: int = WIDE,
+    block: int = 0,
 ) -> Path:
     """Writes a network to an ONNX file that takes one example and runs what its gates open.
 
@@ -53,6 +63,8 @@ def export_conditional(
         branches: largest number of combinations of an edge's groups that are written as branches; n groups that are
             decided on take 2^n and hold the edge's weights up to 2^(n - 1) times. 1 for none.
         wide: channels from which on a group has a branch of its own.
+        block: fills up the channels between two convolutions with zeros to a multiple of it, and writes masks as sums;
+            0 for neither. onnxruntime is faster where the processor's own block (`BLOCK`) divides them.
 
     Raises:
         ConfigError: the path ends in something else, a layer cannot be written, or the file does not compute what
@@ -64,7 +76,7 @@ def export_conditional(
     example = example.detach().cpu().float()
     network = copy.deepcopy(network).cpu().float()
     with aside(path) as part:
-        onnx.save(written(network, branches, wide), str(part))
+        onnx.save(written(network, branches, wide, block), str(part))
         compare(network, load(part), example)
     return path
 
@@ -107,9 +119,9 @@ def margin(network: ConditionalNetwork, x: Tensor) -> float:
     return min(seen)
 
 
-def written(network: ConditionalNetwork, branches: int, wide: int) -> onnx.ModelProto:
+def written(network: ConditionalNetwork, branches: int, wide: int, block: int) -> onnx.ModelProto:
     """The model of a network on the CPU, in float32."""
-    writer = Writer(network, branches, wide)
+    writer = Writer(network, branches, wide, block)
     scope = Scope(writer.names)
     output = writer.go_on(scope, place=0, exit=0, known={network.source: Known("x")})
     name = scope.node("Identity", [output], output="y")
@@ -147,18 +159,22 @@ class Frozen(nn.Module):
     Args:
         variant: of the body.
         channels: of its output.
+        groups: decisions of the body.
+        block: channels between two convolutions come in multiples of it, those beside the open ones being zero; 0 for
+            those that are open and no more. With it a mask is a sum (`shut_before_relus`).
     """
 
-    def __init__(self, variant: Variant, channels: int) -> None:
+    def __init__(self, variant: Variant, channels: int, groups: int, block: int) -> None:
         super().__init__()
         self.reads: Tensor | None
         self.writes: Tensor | None
         self.channels = channels
-        self.kinds = [(step.kind, step.options) for step in variant.steps]
-        self.layers = nn.ModuleList(nn.Identity() if step.layer is None else step.layer for step in variant.steps)
+        steps = shut_before_relus(filled(variant.steps, groups, block)) if block else variant.steps
+        self.kinds = [(step.kind, step.options) for step in steps]
+        self.layers = nn.ModuleList(nn.Identity() if step.layer is None else step.layer for step in steps)
         for name, values in (("reads", variant.reads), ("writes", variant.writes)):
             self.register_buffer(name, values)
-        for place, step in enumerate(variant.steps):
+        for place, step in enumerate(steps):
             for name, values in (("weight", step.weight), ("bias", step.bias)):
                 self.register_buffer(f"{name}{place}", None if values is None else values.detach().clone())
 
@@ -170,10 +186,73 @@ class Frozen(nn.Module):
         ]
         if self.reads is not None:
             x = x.index_select(1, self.reads)
-        x, _ = run_steps(steps, x, False, table)
+        for step in steps:
+            if step.kind == SHUT and table is not None:
+                opened, _ = run_steps([step._replace(kind="mask")], x.new_ones(1, x.shape[1], 1, 1), False, table)
+                x = x + shut(opened, x.shape[2])
+            else:
+                x, _ = run_steps([step], x, False, table)
         if self.writes is not None:
             x = x.new_zeros(len(x), self.channels, *x.shape[2:]).index_copy(1, self.writes, x)
         return x
+
+
+def filled(steps: Sequence[Step], groups: int, block: int) -> list[Step]:
+    """The steps with channels of zeros between two convolutions, so that there is a multiple of `block`.
+
+    onnxruntime has a faster layout for such numbers of channels only.
+
+    Args:
+        steps: of a body.
+        groups: its decisions; this number stands for channels that are always open.
+        block: channels.
+    """
+    found, dense = (
+        list(steps),
+        [place for place, step in enumerate(steps) if step.kind == "conv" and step.options[-1] == 1],
+    )
+    for first, second in pairwise(dense):
+        between = found[first + 1 : second]
+        lacking = -len(found[first].weight) % block
+        if not lacking or any(step.kind not in ("relu", "mask") for step in between):
+            continue
+        before, behind = found[first], found[second]
+        bias = None if before.bias is None else F.pad(before.bias, (0, lacking))
+        found[first] = before._replace(weight=F.pad(before.weight, (0, 0) * 3 + (0, lacking)), bias=bias)
+        found[second] = behind._replace(weight=F.pad(behind.weight, (0, 0) * 2 + (0, lacking)))
+        for place, step in enumerate(between, first + 1):
+            if step.kind == "mask":
+                found[place] = step._replace(weight=F.pad(step.weight, (0, lacking), value=groups), options=(True,))
+    return found
+
+
+SHUT, LOW = "shut", 1e30
+"""A step that adds minus `LOW` to channels that are closed, of which the ReLU behind it makes 0."""
+
+
+def shut_before_relus(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps, masks right behind a convolution and its ReLU being sums between the two.
+
+    onnxruntime adds to what a convolution gives while it computes it, in the layout in which it is fast. To multiply
+    what comes out of it by a number for each channel it brings that into the ordinary layout, and back.
+    """
+    found = list(steps)
+    for place in range(1, len(found) - 1):
+        before, own, behind = found[place - 1 : place + 2]
+        square = before.kind == "conv" and type(own.layer) is nn.ReLU
+        if square and behind.kind == "mask":
+            found[place : place + 2] = [behind._replace(kind=SHUT), own]
+    return tuple(found)
+
+
+def shut(opened: Tensor, size: int) -> Tensor:
+    """`(1, C, 1, 1)` bits as `(1, C, size, size)`: 0 where a channel is open, minus `LOW` where it is closed.
+
+    A convolution does so, as it brings the bits into the fast layout.
+    """
+    channels = opened.shape[1]
+    low = opened.new_full((channels, 1, 1, 1), LOW)
+    return F.interpolate(F.conv2d(opened, low, -low.flatten(), groups=channels), scale_factor=float(size))
 
 
 def part_of(body: Body, owner: int) -> Variant:
@@ -193,6 +272,13 @@ def kind_of(body: Body, branches: int = BRANCHES, wide: int = WIDE) -> str:
     hidden = len(body.owners) == 1 and list(body.places) == between and body.reads is None and body.writes is None
     mixing = isinstance(body.layers[-1], nn.Conv2d)
     return "sum" if hidden and mixing and min(sizes.values()) >= wide else "mask"
+
+
+def is_filled(body: Body, block: int, branches: int = BRANCHES, wide: int = WIDE) -> bool:
+    """Whether to fill up channels to blocks would change nothing, and there are no masks."""
+    sizes = [size for owner in body.owners for size in Counter(owner).values()]
+    sizes += [layer.out_channels for layer in body.layers if isinstance(layer, nn.Conv2d) and layer.groups == 1]
+    return kind_of(body, branches, wide) != "mask" and not any(size % block for size in sizes)
 
 
 def as_it_is(value: str, scope: Scope) -> str:
@@ -222,9 +308,10 @@ class Writer:
         network: on the CPU, in float32.
         branches: as `export_conditional` has them.
         wide: likewise.
+        block: likewise.
     """
 
-    def __init__(self, network: ConditionalNetwork, branches: int, wide: int) -> None:
+    def __init__(self, network: ConditionalNetwork, branches: int, wide: int, block: int) -> None:
         self.network, self.branches, self.wide, self.names = network, branches, wide, count()
         self.said: dict[str, str] = {}  # by the edge's name the tensor of what its head says
         pieces, shapes = Pieces(), network.shapes
@@ -235,12 +322,14 @@ class Writer:
                 places["head", edge.name, ()] = pieces.add(edge.head, shapes[edge.end] if edge.answers else start)
             kind = "" if body.passes else kind_of(edge.body, self.branches, self.wide)
             for pattern in self._patterns(edge) if kind == "tree" else []:
-                frozen = Frozen(body.variant(pattern), body.channels)
+                frozen = Frozen(body.variant(pattern), body.channels, body.groups, block)
                 places["body", edge.name, pattern] = pieces.add(frozen, start)
             for owner in sorted(set(body.owners[0])) if kind == "sum" else []:
-                places["body", edge.name, owner] = pieces.add(Frozen(part_of(body, owner), body.channels), start)
+                places["body", edge.name, owner] = pieces.add(
+                    Frozen(part_of(body, owner), body.channels, body.groups, block), start
+                )
             if kind == "mask":
-                frozen = Frozen(body.variant(body.full), body.channels)
+                frozen = Frozen(body.variant(body.full), body.channels, body.groups, block)
                 places["body", edge.name, body.full] = pieces.add(frozen, start, (body.groups,))
         for node in network.order[1:]:
             if type(network.activations[node]) is not nn.Identity:

@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from budgetnet.conditional import tuning
 from budgetnet.conditional.branches import WHOLE, Limits
 from budgetnet.conditional.network import ConditionalNetwork
-from budgetnet.conditional.onnx import export_conditional, kind_of, onnx_path
+from budgetnet.conditional.onnx import BLOCK, export_conditional, is_filled, kind_of, onnx_path
 from budgetnet.export import export as export_plain
 from budgetnet.export import load
 from budgetnet.files import put
 from budgetnet.timing import interleaved
 
-VARIANTS: dict[str, dict[str, int]] = {"branches": {}, "masks": {"branches": 1, "wide": sys.maxsize}}
+MASKS = {"branches": 1, "wide": sys.maxsize}
+VARIANTS: dict[str, dict[str, int]] = {
+    "branches": {},
+    "masks": MASKS,
+    "branches, filled": {"block": BLOCK},
+    "masks, filled": {**MASKS, "block": BLOCK},
+}
 """How an edge's channel groups are written, as options of `export_conditional`; the first unless another is faster."""
 
 CALLS = 8
@@ -84,9 +90,10 @@ def export(network: nn.Module, path: str | Path, example: Tensor) -> Path:
 
 
 def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tensor) -> Written:
-    """Writes a network to an ONNX file as `export_conditional` does, its channel groups in the way that is faster.
+    """Writes a network to an ONNX file as `export_conditional` does, in the way that is fastest on this machine.
 
-    Edges that may be closed are branches in any case: an example saves what it does not run.
+    Channel groups are branches or masked, numbers of channels as they are or filled up. Edges that may be closed are
+    branches in any case: an example saves what it does not run.
 
     Args:
         network: stays as it is.
@@ -97,12 +104,8 @@ def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tens
         ConfigError: as `export_conditional`.
     """
     path = onnx_path(path)
-    kinds = {
-        name: [kind_of(edge.body, **options) for edge in network.conditional_branches]
-        for name, options in VARIANTS.items()
-    }
-    names = [name for name, kind in kinds.items() if name == "branches" or kind != kinds["branches"]]
-    files = {name: path.with_name(f"{path.stem}.{name}{path.suffix}") for name in names}
+    names = differing(network)
+    files = {name: path.with_name(f"{path.stem}.{place}{path.suffix}") for place, name in enumerate(names)}
     try:
         for name, file in files.items():
             export_conditional(network, file, examples, **VARIANTS[name])
@@ -115,6 +118,17 @@ def export_fastest(network: ConditionalNetwork, path: str | Path, examples: Tens
         for file in files.values():
             file.unlink(missing_ok=True)
     return {"groups": chosen, "ms": ms}
+
+
+def differing(network: ConditionalNetwork) -> list[str]:
+    """The variants that are no other one of this network, "branches" first."""
+    found: dict[tuple[object, ...], str] = {}
+    for name, options in VARIANTS.items():
+        groups = {key: value for key, value in options.items() if key != "block"}
+        kinds = [kind_of(edge.body, **groups) for edge in network.conditional_branches]
+        fill = "block" in options and not all(is_filled(edge.body, **options) for edge in network.edges)
+        found.setdefault((*kinds, fill), name)
+    return list(found.values())
 
 
 @torch.no_grad()
