@@ -6,6 +6,7 @@ from budgetnet.conditional import export
 from budgetnet.controller import Controller
 from budgetnet.delivery import Found, evaluate_gates, fold_gates, load
 from budgetnet.extraction import extract
+from budgetnet.filling import filled
 from budgetnet.gated import ChannelGate, GatedSequential
 from budgetnet.inference import Inference
 from budgetnet.options import SearchOptions
@@ -35,6 +36,7 @@ __all__ = [
     "evaluate_gates",
     "export",
     "extract",
+    "filled",
     "fold_gates",
     "load",
     "load_torchvision",

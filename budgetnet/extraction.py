@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
 from math import prod
 from operator import add
 from typing import Any, TypeVar
@@ -165,30 +166,33 @@ def fold_batch_norm(network: Plain) -> Plain:
     another one, or a traced graph, calls as a whole. A module with a forward of its own may call its layers in any way.
     """
     folded = copy.deepcopy(network).eval()
-    _fold(folded)
-    return folded
-
-
-def _fold(module: nn.Module) -> None:
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+    for row in rows_of_layers(folded):
         layers: list[nn.Module] = []
-        for layer in module:
-            _fold(layer)
+        for layer in row:
             both = fused(layers[-1], layer) if layers else None
             if both is None:
                 layers.append(layer)
             else:
                 layers[-1] = both
-        if len(layers) < len(module):
-            for index in reversed(range(len(module))):
-                del module[index]
-            module.extend(layers)
+        if len(layers) < len(row):
+            for index in reversed(range(len(row))):
+                del row[index]
+            row.extend(layers)
+    return folded
+
+
+def rows_of_layers(module: nn.Module) -> Iterator[nn.Sequential]:
+    """Those rows of layers of which it is sure that they are called one after the other."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        for layer in module:
+            yield from rows_of_layers(layer)
+        yield module
     elif isinstance(module, fx.GraphModule):
         called = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
         parts = dict(module.named_modules())
         for name in called & set(parts):
             if not any(other.startswith(f"{name}.") for other in called):
-                _fold(parts[name])
+                yield from rows_of_layers(parts[name])
 
 
 def fused(before: nn.Module, layer: nn.Module) -> nn.Module | None:

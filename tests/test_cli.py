@@ -218,6 +218,22 @@ def test_export_copies_a_network_that_loads(kind, runs, tmp_path, say):
     assert difference(load(out), load(runs.finished / "network.pt2"), x) < 1e-4
 
 
+def test_export_fills_channels_up(runs, tmp_path, say, capsys):
+    out = tmp_path / "mine.onnx"
+    told = say("export", runs.finished, "--fill", "8", "--out", out)
+    assert told["bytes"] == out.stat().st_size
+    assert set(told["ms"]) == {"original", "filled"}
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert difference(load(out), load(runs.finished / "network.pt2"), x) < 1e-4
+    for more, message in (
+        (("--format", "pt2", "--out", str(tmp_path / "a.pt2")), "one in pt2 gains nothing"),
+        (("--fill", "0"), "block must be a whole number >= 1, got 0"),
+    ):
+        capsys.readouterr()
+        assert cli.main(["export", str(runs.finished), "--fill", "8", "--out", str(out), *more]) == cli.WRONG
+        assert message in capsys.readouterr().err
+
+
 def test_export_to_the_file_itself_leaves_it_whole(finished, say):
     before = (finished / "network.onnx").read_bytes()
     say("export", finished, "--out", finished / "network.onnx")

@@ -11,7 +11,19 @@ import budgetnet
 
 LAYERS = (
     *("errors", "checks", "version", "files", "graph", "sites", "blocks", "gated", "streams", "choices", "rows"),
-    *("shapes", "supernet", "spaces", "weights", "extraction", "timing", "apart", "export", "onnx_pieces", "assembly"),
+    *(
+        "shapes",
+        "supernet",
+        "spaces",
+        "weights",
+        "extraction",
+        "filling",
+        "timing",
+        "apart",
+        "export",
+        "onnx_pieces",
+        "assembly",
+    ),
     "costs",
     *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
     *("projection", "selection", "runs", "building", "architectures", "measure"),

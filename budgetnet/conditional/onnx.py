@@ -24,6 +24,7 @@ from budgetnet.conditional.network import ConditionalNetwork
 from budgetnet.errors import ConfigError
 from budgetnet.export import load
 from budgetnet.files import aside
+from budgetnet.filling import wider
 from budgetnet.onnx_pieces import Pieces, Scope
 
 BRANCHES, WIDE = 8, 32
@@ -217,9 +218,9 @@ def filled(steps: Sequence[Step], groups: int, block: int) -> list[Step]:
         if not lacking or any(step.kind not in ("relu", "mask") for step in between):
             continue
         before, behind = found[first], found[second]
-        bias = None if before.bias is None else F.pad(before.bias, (0, lacking))
-        found[first] = before._replace(weight=F.pad(before.weight, (0, 0) * 3 + (0, lacking)), bias=bias)
-        found[second] = behind._replace(weight=F.pad(behind.weight, (0, 0) * 2 + (0, lacking)))
+        weight, bias = wider(before.weight, before.bias, out=lacking)
+        found[first] = before._replace(weight=weight, bias=bias)
+        found[second] = behind._replace(weight=wider(behind.weight, None, into=lacking)[0])
         for place, step in enumerate(between, first + 1):
             if step.kind == "mask":
                 found[place] = step._replace(weight=F.pad(step.weight, (0, lacking), value=groups), options=(True,))
