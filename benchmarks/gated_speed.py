@@ -1,5 +1,7 @@
 """Latency of a gated ResNet, masked and extracted beside dense: channels cut anywhere, in eights, or whole blocks.
 
+"Filled" is the extracted network with channels of zeros up to multiples of 8, as `budgetnet export --fill 8` writes it.
+
     python benchmarks/gated_speed.py
 
 The networks alternate in one run; ratios of medians to the dense network's are printed, an absolute time says on what.
@@ -39,7 +41,11 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     print(f"ResNet-{arguments.depth}, float32, one thread, torch {torch.__version__}; latency / dense latency (batch)")
-    columns = [f"{name} ({batch})" for name in ("masked torch", "torch", "onnxruntime") for batch in arguments.batches]
+    columns = [
+        f"{name} ({batch})"
+        for name in ("masked torch", "torch", "onnxruntime", "filled onnxruntime")
+        for batch in arguments.batches
+    ]
     print(f"\n| cut | MACs | {' | '.join(columns)} | dense torch, ms ({arguments.batches[-1]}) |")
     print("|---" * (len(columns) + 3) + "|")
     for kind in arguments.kinds:
@@ -83,7 +89,7 @@ def measured(space: bn.SuperNetwork, kept: Tensor, batches: list[int], rounds: i
         with tempfile.TemporaryDirectory() as folder:
             files = {
                 name: export(net, Path(folder) / f"{name}.onnx", x[:1])
-                for name, net in (("cut", cut), ("dense", dense))
+                for name, net in (("cut", cut), ("dense", dense), ("filled", bn.filled(cut, 8)))
             }
             ort = {name: load(path, threads=1) for name, path in files.items()}
         fast = x.contiguous(memory_format=torch.channels_last)
@@ -93,13 +99,15 @@ def measured(space: bn.SuperNetwork, kept: Tensor, batches: list[int], rounds: i
                 "torch": lambda fast=fast: cut(fast),  # type: ignore[misc]
                 "dense": lambda fast=fast: dense(fast),  # type: ignore[misc]
                 "onnxruntime": lambda x=x, run=ort["cut"]: run(x),  # type: ignore[misc]
+                "filled onnxruntime": lambda x=x, run=ort["filled"]: run(x),  # type: ignore[misc]
                 "dense onnxruntime": lambda x=x, run=ort["dense"]: run(x),  # type: ignore[misc]
             },
             rounds if batch > 1 else 10 * rounds,
         )
         for name in ("masked torch", "torch"):
             ratios[f"{name} ({batch})"] = medians[name] / medians["dense"]
-        ratios[f"onnxruntime ({batch})"] = medians["onnxruntime"] / medians["dense onnxruntime"]
+        for name in ("onnxruntime", "filled onnxruntime"):
+            ratios[f"{name} ({batch})"] = medians[name] / medians["dense onnxruntime"]
         last = 1000 * medians["dense"]
     return ratios, last
 

@@ -440,6 +440,8 @@ FILES = [
     Wrong("a format that does not exist", "export {tmp}/run --format gguf", run(of="finished")),
     Wrong("an ending of another format", "export {tmp}/run --format pt2 --out {tmp}/a.onnx", run(of="finished")),
     Wrong("a file to write in no folder", "export {tmp}/run --out {tmp}/none/a.onnx", run(of="finished")),
+    Wrong("a block of no channels", "export {tmp}/run --fill 0 --out {tmp}/a.onnx", run(of="finished")),
+    Wrong("filled for torch", "export {tmp}/run --format pt2 --fill 8 --out {tmp}/a.pt2", run(of="finished")),
     Wrong("nothing to report", "report"),
     Wrong("a report of no run", "report {tmp}"),
     Wrong("a report of two runs without a file", "report {tmp}/run {tmp}/run", run()),
