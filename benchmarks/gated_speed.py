@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from budgetnet.export import export, load
 from budgetnet.extraction import extract, fold_batch_norm
 from budgetnet.projection import trimmed
 from budgetnet.sites import Fixed
+from budgetnet.timing import interleaved
 
 Runs = dict[str, Callable[[Tensor], Tensor]]
 KINDS = ("anywhere", "eights", "blocks", "blocks and eights")
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="of the dense MACs")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=16, help="that count at least; ten times as many of batch 1")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -52,7 +51,7 @@ def main() -> None:
         for share in arguments.shares:
             space = make(kind, arguments.depth)
             kept, cost = draw(space, share)
-            ratios, dense = measured(space, kept, arguments.batches, arguments.rounds)
+            ratios, dense = measured(space, kept, arguments.batches, arguments.calls)
             cells = " | ".join(f"{ratios[column]:.2f}" for column in columns)
             print(f"| {kind} | {cost:.2f} | {cells} | {dense:.1f} |", flush=True)
 
@@ -78,7 +77,7 @@ def draw(space: bn.SuperNetwork, share: float) -> tuple[Tensor, float]:
     return trimmed(space, kept[best : best + 1]), float(costs[best])
 
 
-def measured(space: bn.SuperNetwork, kept: Tensor, batches: list[int], rounds: int) -> tuple[dict[str, float], float]:
+def measured(space: bn.SuperNetwork, kept: Tensor, batches: list[int], calls: int) -> tuple[dict[str, float], float]:
     """Ratios of median latencies to the dense network's, and the dense median in torch for the last batch, in ms."""
     cut = fold_batch_norm(extract(space, kept)).to(memory_format=torch.channels_last)
     dense = fold_batch_norm(extract(space, space.architecture("full"))).to(memory_format=torch.channels_last)
@@ -93,7 +92,7 @@ def measured(space: bn.SuperNetwork, kept: Tensor, batches: list[int], rounds: i
             }
             ort = {name: load(path, threads=1) for name, path in files.items()}
         fast = x.contiguous(memory_format=torch.channels_last)
-        medians = interleaved(
+        medians = medians_of(
             {
                 "masked torch": lambda fast=fast: masked.masked(fast, Fixed(kept)),  # type: ignore[misc]
                 "torch": lambda fast=fast: cut(fast),  # type: ignore[misc]
@@ -102,27 +101,23 @@ def measured(space: bn.SuperNetwork, kept: Tensor, batches: list[int], rounds: i
                 "filled onnxruntime": lambda x=x, run=ort["filled"]: run(x),  # type: ignore[misc]
                 "dense onnxruntime": lambda x=x, run=ort["dense"]: run(x),  # type: ignore[misc]
             },
-            rounds if batch > 1 else 10 * rounds,
+            calls if batch > 1 else 10 * calls,
         )
         for name in ("masked torch", "torch"):
             ratios[f"{name} ({batch})"] = medians[name] / medians["dense"]
         for name in ("onnxruntime", "filled onnxruntime"):
             ratios[f"{name} ({batch})"] = medians[name] / medians["dense onnxruntime"]
-        last = 1000 * medians["dense"]
+        last = medians["dense"]
     return ratios, last
 
 
 @torch.no_grad()
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, timed in turns so that a slow moment strikes all."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def medians_of(runs: dict[str, Callable[[], object]], calls: int) -> dict[str, float]:
+    """Median milliseconds of each, in turns of several calls, the first of which find another's data in the caches."""
+    return {
+        name: timing.quantile(0.5)
+        for name, timing in zip(runs, interleaved(list(runs.values()), calls=calls), strict=True)
+    }
 
 
 if __name__ == "__main__":
