@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="of the dense MACs")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--calls", type=int, default=16, help="that count at least; ten times as many of batch 1")
+    parser.add_argument("--calls", type=int, default=8, help="that count at least; ten times as many of batch 1")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
