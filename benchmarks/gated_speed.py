@@ -1,6 +1,6 @@
 """Latency of a gated ResNet, masked and extracted beside dense: channels cut anywhere, in eights, or whole blocks.
 
-"Filled" is the extracted network with channels of zeros up to multiples of 8, as `budgetnet export --fill 8` writes it.
+"Filled" is the extracted network with channels of zeros up to multiples of 8, as `budgetnet export --fill 8` does.
 
     python benchmarks/gated_speed.py
 
@@ -13,6 +13,7 @@ import argparse
 import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="of the dense MACs")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[8], help="to fill channels up to multiples of")
     parser.add_argument("--calls", type=int, default=8, help="that count at least; ten times as many of batch 1")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -42,7 +44,7 @@ def main() -> None:
     print(f"ResNet-{arguments.depth}, float32, one thread, torch {torch.__version__}; latency / dense latency (batch)")
     columns = [
         f"{name} ({batch})"
-        for name in ("masked torch", "torch", "onnxruntime", "filled onnxruntime")
+        for name in ("masked torch", "torch", "onnxruntime", *(filled_to(block) for block in arguments.blocks))
         for batch in arguments.batches
     ]
     print(f"\n| cut | MACs | {' | '.join(columns)} | dense torch, ms ({arguments.batches[-1]}) |")
@@ -51,7 +53,7 @@ def main() -> None:
         for share in arguments.shares:
             space = make(kind, arguments.depth)
             kept, cost = draw(space, share)
-            ratios, dense = measured(space, kept, arguments.batches, arguments.calls)
+            ratios, dense = measured(space, kept, arguments.batches, arguments.blocks, arguments.calls)
             cells = " | ".join(f"{ratios[column]:.2f}" for column in columns)
             print(f"| {kind} | {cost:.2f} | {cells} | {dense:.1f} |", flush=True)
 
@@ -77,7 +79,14 @@ def draw(space: bn.SuperNetwork, share: float) -> tuple[Tensor, float]:
     return trimmed(space, kept[best : best + 1]), float(costs[best])
 
 
-def measured(space: bn.SuperNetwork, kept: Tensor, batches: list[int], calls: int) -> tuple[dict[str, float], float]:
+def filled_to(block: int) -> str:
+    """The column of the network filled up to multiples of a block."""
+    return f"filled to {block}s"
+
+
+def measured(
+    space: bn.SuperNetwork, kept: Tensor, batches: list[int], blocks: list[int], calls: int
+) -> tuple[dict[str, float], float]:
     """Ratios of median latencies to the dense network's, and the dense median in torch for the last batch, in ms."""
     cut = fold_batch_norm(extract(space, kept)).to(memory_format=torch.channels_last)
     dense = fold_batch_norm(extract(space, space.architecture("full"))).to(memory_format=torch.channels_last)
@@ -86,10 +95,9 @@ def measured(space: bn.SuperNetwork, kept: Tensor, batches: list[int], calls: in
     for batch in batches:
         x = torch.randn(batch, 3, 32, 32)
         with tempfile.TemporaryDirectory() as folder:
-            files = {
-                name: export(net, Path(folder) / f"{name}.onnx", x[:1])
-                for name, net in (("cut", cut), ("dense", dense), ("filled", bn.filled(cut, 8)))
-            }
+            networks = {"onnxruntime": cut, "dense onnxruntime": dense}
+            networks |= {filled_to(block): bn.filled(cut, block) for block in blocks}
+            files = {name: export(net, Path(folder) / f"{name}.onnx", x[:1]) for name, net in networks.items()}
             ort = {name: load(path, threads=1) for name, path in files.items()}
         fast = x.contiguous(memory_format=torch.channels_last)
         medians = medians_of(
@@ -97,15 +105,13 @@ def measured(space: bn.SuperNetwork, kept: Tensor, batches: list[int], calls: in
                 "masked torch": lambda fast=fast: masked.masked(fast, Fixed(kept)),  # type: ignore[misc]
                 "torch": lambda fast=fast: cut(fast),  # type: ignore[misc]
                 "dense": lambda fast=fast: dense(fast),  # type: ignore[misc]
-                "onnxruntime": lambda x=x, run=ort["cut"]: run(x),  # type: ignore[misc]
-                "filled onnxruntime": lambda x=x, run=ort["filled"]: run(x),  # type: ignore[misc]
-                "dense onnxruntime": lambda x=x, run=ort["dense"]: run(x),  # type: ignore[misc]
+                **{name: partial(run, x) for name, run in ort.items()},
             },
             calls if batch > 1 else 10 * calls,
         )
         for name in ("masked torch", "torch"):
             ratios[f"{name} ({batch})"] = medians[name] / medians["dense"]
-        for name in ("onnxruntime", "filled onnxruntime"):
+        for name in ort:
             ratios[f"{name} ({batch})"] = medians[name] / medians["dense onnxruntime"]
         last = medians["dense"]
     return ratios, last
