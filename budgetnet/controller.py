@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from budgetnet.budgets import Budget
+from budgetnet.by_input import settled
 from budgetnet.conditional import conditional
 from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel, Examples
-from budgetnet.delivery import entry, reached
+from budgetnet.delivery import entry, entry_by_input
 from budgetnet.errors import ConfigError, FileError
 from budgetnet.evaluation import recalibrate
 from budgetnet.extraction import extract
-from budgetnet.inference import Observed, expected_costs, settled_threshold
+from budgetnet.inference import Observed, expected_costs
 from budgetnet.objectives import MOVING
 from budgetnet.optimizers import weight_groups
 from budgetnet.options import SearchOptions
@@ -282,8 +283,8 @@ class Controller:
                 recalibrate(network, lambda x: network.masked(x, Threshold(tau))[0], batches)
 
         network.eval()  # as recalibration leaves it
-        self.tau, seen = settled_threshold(budgets, look, set_norms)
-        self.outcomes = [reached(budget, seen.costs[budget.name]) for budget in budgets]
+        found = settled(network, budgets, look, set_norms, torch.cat(examples))
+        self.tau, self.outcomes = found.tau, [entry_by_input(budget, found) for budget in budgets]
         network.train(training)
         return self.tau
 

@@ -17,17 +17,17 @@ from budgetnet import report
 from budgetnet.architectures import named
 from budgetnet.budgets import WITHOUT_GATES, BoundBudget, Cost, cost_name, parse_cost
 from budgetnet.building import space_of_run
+from budgetnet.by_input import Settled, settled
 from budgetnet.conditional import (
     ConditionalNetwork,
     beside,
     conditional,
-    export_fastest,
     one_by_one,
     polarised,
     still_deciding,
     tune_fastest,
 )
-from budgetnet.costs import Function, MACs, stopwatch
+from budgetnet.costs import Function, Latency, MACs, stopwatch
 from budgetnet.costs.latency import LatencyElsewhere, LatencyModel
 from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.data import Batches, Dataset
@@ -37,7 +37,7 @@ from budgetnet.export import difference, export_all, file_latency
 from budgetnet.export import load as load_file
 from budgetnet.extraction import count, extract, fold_batch_norm, state_bytes
 from budgetnet.gated import contiguous
-from budgetnet.inference import Inference, Observed, exit_table, observe, settled_threshold
+from budgetnet.inference import Inference, Observed, exit_table, observe
 from budgetnet.measure import cost_of
 from budgetnet.report.records import Record
 from budgetnet.runs import RunFolder, load_tensors
@@ -50,10 +50,6 @@ CURVE = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 TUNED, REPEATS = (1, 16, 64), 7
 """Validation images a batch at which it is measured where skipping pays, and how often."""
-
-TIMED = 8
-"""Validation images on which the ways to write a file are timed."""
-
 
 FILES = ("network.onnx", "network.pt2")
 """Of a network that is decided once."""
@@ -160,7 +156,8 @@ def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
 def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     """The network that skips what its gates close, the gates it opens mostly, and what result.json says of it.
 
-    The threshold is the one nearest to 1/2 at which the cost expected on validation data keeps the budgets. All is
+    The threshold is the one nearest to 1/2 at which the cost expected on validation data keeps the budgets; of
+    milliseconds, what the file takes. All is
     looked at in float32, in which the network is handed over, and the checkpoint holds it as it is then. How it
     runs, in torch and in its file, is chosen by what is faster on this machine.
     """
@@ -178,22 +175,22 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
         batches = session.train.several(session.options.recalibration, session.epoch)
         recalibrate(network, lambda x: network.masked(x, Threshold(tau))[0], batches)
 
+    path = session.run.path / "network.onnx"
+    examples = next(iter(session.validation.epoch(0)))[0].cpu()
     # a GPU would round float32 to fewer digits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        tau, seen = settled_threshold(session.budgets, look, settle)
+        found = settled(network, session.budgets, look, settle, examples, path)
+        tau, seen, plain, written = found.tau, found.seen, found.plain, found.written
+        assert written is not None
         curve = [(at, look(at)) for at in CURVE]
         test = look(tau, session.test)
         exits = exit_table(network, tau, session.test.epoch(0)) if network.exits else []
     session.save()
     network.cpu()
     x = next(iter(session.test.epoch(0)))[0].cpu()
-    plain = conditional(network, tau=tau)
-    examples = next(iter(session.validation.epoch(0)))[0].cpu()
     for size in TUNED:
         tune_fastest(plain, examples[:size], REPEATS)
     session.run.write("break-even.json", plain.table)
-    path = session.run.path / "network.onnx"
-    written = export_fastest(plain, path, examples[:TIMED])
     full = fold_batch_norm(extract(network, network.architecture("full")))
     batch = x[:16]
     kept = (torch.tensor(seen.rates) > 0.5).float()[None]
@@ -201,7 +198,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
         plain,
         kept,
         {
-            "budgets": [reached(budget, seen.costs[budget.name]) for budget in session.budgets],
+            "budgets": [entry_by_input(budget, found) for budget in session.budgets],
             "network": {
                 "macs": seen.costs["macs"],
                 WITHOUT_GATES: seen.costs[WITHOUT_GATES],
@@ -255,6 +252,15 @@ def entry(budget: BoundBudget, kept: Tensor, used: Tensor) -> dict[str, Any]:
         told["machine"] = {**asdict(model.table.setting), **model.watch.took._asdict()}
         told["slowness"] = found.slowness
     return {**reached(budget, found.value), **told}
+
+
+def entry_by_input(budget: BoundBudget, found: Settled) -> dict[str, Any]:
+    """A budget beside what a mean image costs where gates look at it: as seen, or of milliseconds as measured."""
+    seen = found.seen.costs[budget.name]
+    if budget.name not in found.measured:
+        return reached(budget, seen)
+    one = found.measured[budget.name]
+    return {**reached(budget, one.value), **one.told(), "noise": budget.unsure(one.low, one.high), "predicted": seen}
 
 
 def reached(budget: BoundBudget, value: float) -> dict[str, Any]:
@@ -330,6 +336,11 @@ def evaluate_gates(
     Source: Herrmann et al., section 3.3 and Figures 11, 12.
     """
     asked = _asked(costs, data, batch_size)
+    for cost in asked:
+        if isinstance(cost, Latency) and network.heads:
+            raise ConfigError(
+                f"where gates look at the input the run's file is timed: measure RUN, got {cost_name(cost)}"
+            )
     generator = torch.Generator().manual_seed(inference.seed)
     if recalibration:
         batches = Batches(

@@ -18,6 +18,7 @@ from torch import Tensor
 from budgetnet.architectures import named
 from budgetnet.budgets import Budget
 from budgetnet.costs import Latency
+from budgetnet.costs.latency import LatencyByInput
 from budgetnet.costs.measured import LearningModel
 from budgetnet.data import Batches, Dataset
 from budgetnet.delivery import Found, deliver
@@ -101,7 +102,7 @@ def search(
         options, limits = ready.options, ready.limits
         run.create(provenance(space, data, ready.asked, options, fixed, command, device, dtype), resume=resume)
         for budget in ready.budgets:
-            if isinstance(budget.model, LearningModel):
+            if isinstance(budget.model, LearningModel | LatencyByInput):
                 budget.model.save()
         learner = Learner(network, ready.budgets, options, ignore=data.ignore, device=device, dtype=dtype)
         learner.chosen = fixed

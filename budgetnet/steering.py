@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from budgetnet.budgets import BoundBudget, Budget, check_reachable, cost_name
+from budgetnet.by_input import learn_latency
 from budgetnet.costs import Latency
 from budgetnet.costs.drawn import DrawnModel
-from budgetnet.costs.latency import LatencyElsewhere, LatencyModel
+from budgetnet.costs.latency import LatencyByInput, LatencyElsewhere, LatencyModel
 from budgetnet.costs.measured import LearningModel
 from budgetnet.costs.model import CostModel
 from budgetnet.errors import ConfigError, FileError
@@ -114,9 +115,13 @@ def prepare(
     for budget in bound:
         if isinstance(budget.model, DrawnModel):
             say(f"{budget.name}: {budget.model.notes['fit']}")
-        if isinstance(budget.model, LatencyModel):
-            told = [f"predictions lie {100 * budget.model.error:.1f} % off in the middle", *budget.model.notes.values()]
+        timed = budget.model.plain if isinstance(budget.model, LatencyByInput) else budget.model
+        if isinstance(timed, LatencyModel):
+            told = [f"predictions lie {100 * timed.error:.1f} % off in the middle", *timed.notes.values()]
             say(f"{budget.name}: {'; '.join(told)}")
+        if isinstance(budget.model, LatencyByInput) and not begun:  # else a checkpoint knows
+            say(f"timing what it takes to decide the gates of {network.name}")
+            learn_latency(network, budget.model)
         if isinstance(budget.model, LatencyElsewhere):
             say(f"{budget.name}: {foretold(budget.model.machine)}")
     if steered:
@@ -473,10 +478,8 @@ class Steering:
         if len(timings) != len(self.budgets):
             raise FileError(f"the checkpoint must have timings of {len(self.budgets)} budgets, got {len(timings)}")
         for cost, timed in zip(self._models(), timings, strict=True):
-            if isinstance(cost, LatencyModel):
-                baseline = {name: timed.number(name) for name in cost.watch.baseline()}
-                if min(baseline.values()) <= 0:
-                    raise FileError(f"the checkpoint's milliseconds must be > 0, got {min(baseline.values()):g}")
+            if isinstance(cost, LatencyModel | LatencyByInput):
+                baseline = {name: timed.number(name) for name in cost.baseline()}
                 cost.go_by(baseline)
             if isinstance(cost, LatencyElsewhere) and timed.text("table") != cost.digest:
                 raise FileError(f"{cost.file} must hold the times that the run began with, got others")
@@ -514,8 +517,8 @@ class Steering:
 
 def _timed(model: CostModel) -> dict[str, Any]:
     """What milliseconds are of: a machine as it was, or a table of times."""
-    if isinstance(model, LatencyModel):
-        return model.watch.baseline()
+    if isinstance(model, LatencyModel | LatencyByInput):
+        return model.baseline()
     return {"table": model.digest} if isinstance(model, LatencyElsewhere) else {}
 
 

@@ -110,7 +110,7 @@ def unfinished(runs, tmp_path):
 @pytest.fixture
 def no_exports(monkeypatch):
     """What is handed over is neither written nor timed: that takes seconds, and has tests of its own."""
-    from budgetnet import delivery
+    from budgetnet import by_input, delivery
 
     networks: dict[Path, torch.nn.Module] = {}
 
@@ -123,7 +123,7 @@ def no_exports(monkeypatch):
         return {"groups": "branches", "ms": {}}
 
     monkeypatch.setattr(delivery, "export_all", written)
-    monkeypatch.setattr(delivery, "export_fastest", fastest)
+    monkeypatch.setattr(by_input, "export_fastest", fastest)
     monkeypatch.setattr(delivery, "load_file", networks.__getitem__)
     monkeypatch.setattr(delivery, "file_latency", lambda *_, **__: dict.fromkeys(("median", "p10", "p90"), 1.0))
     monkeypatch.setattr(delivery, "beside", lambda *_: {"torch 1": 1.0, "onnxruntime 1": 1.0})

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from budgetnet import data as datasets
 from budgetnet.building import space_of_run
+from budgetnet.by_input import TIMED
 from budgetnet.cli.finished import data_of_run, decided_by_input, shown
 from budgetnet.cli.flags import parser_of, positional, show_space, take
 from budgetnet.conditional import export_fastest
-from budgetnet.delivery import TIMED, fold_gates, restored
+from budgetnet.delivery import fold_gates, restored
 from budgetnet.delivery import load as load_network
 from budgetnet.errors import ConfigError
 from budgetnet.export import FORMATS, export, file_latency, load

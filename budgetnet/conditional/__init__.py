@@ -4,7 +4,7 @@ from budgetnet.conditional.building import conditional, polarised
 from budgetnet.conditional.folding import still_deciding
 from budgetnet.conditional.network import ConditionalNetwork
 from budgetnet.conditional.onnx import export_conditional
-from budgetnet.conditional.variants import beside, export, export_fastest, one_by_one, tune_fastest
+from budgetnet.conditional.variants import beside, export, export_fastest, one_by_one, times_full, tune_fastest
 
 __all__ = [
     "ConditionalNetwork",
@@ -16,5 +16,6 @@ __all__ = [
     "one_by_one",
     "polarised",
     "still_deciding",
+    "times_full",
     "tune_fastest",
 ]

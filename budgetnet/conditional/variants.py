@@ -16,10 +16,11 @@ from budgetnet.conditional import tuning
 from budgetnet.conditional.branches import WHOLE, Limits
 from budgetnet.conditional.network import ConditionalNetwork
 from budgetnet.conditional.onnx import BLOCK, export_conditional, is_filled, kind_of, onnx_path
+from budgetnet.costs.measured import Measured
 from budgetnet.export import export as export_plain
 from budgetnet.export import load
 from budgetnet.files import put
-from budgetnet.timing import interleaved
+from budgetnet.timing import interleaved, rested
 
 MASKS = {"branches": 1, "wide": sys.maxsize}
 VARIANTS: dict[str, dict[str, int]] = {
@@ -156,6 +157,28 @@ def beside(
         parts = torch.split(examples[:CALLS], 1)
         found["onnxruntime 1"] = _ratio(*(partial(_all, load(path), parts) for path in (file, plain)))
     return found
+
+
+@torch.no_grad()
+def times_full(
+    file: str | Path, full: str | Path, examples: Tensor, *, threads: int, seconds: float, patience: float
+) -> Measured:
+    """How many times as long as that of the full network a file takes for examples, one by one.
+
+    Args:
+        file: of a network whose gates look at the input.
+        full: of the full network without gates.
+        examples: `(B, C, H, W)` real ones: which gates they open decides what it takes.
+        threads: of onnxruntime.
+        seconds: that both are run in turns, at least.
+        patience: at most, while the machine is not at rest.
+    """
+    parts = torch.split(examples, 1)
+    ways = [partial(_all, load(path, threads=threads), parts) for path in (file, full)]
+    look = partial(interleaved, ways, calls=CALLS, seconds=min(1.0, seconds))
+    mine, others = rested(look, calls=CALLS, seconds=seconds, patience=patience)
+    (low, high), (least, most) = mine.interval(0.5), others.interval(0.5)
+    return Measured(mine.quantile(0.5) / others.quantile(0.5), low / most, high / least)
 
 
 def _ratio(run: Callable[[], object], other: Callable[[], object]) -> float:

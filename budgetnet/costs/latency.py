@@ -17,6 +17,7 @@ from budgetnet.assembly import Assembler, Runtime
 from budgetnet.costs.additive import decided_once
 from budgetnet.costs.latency_fit import LatencyFit
 from budgetnet.costs.measured import LearningModel, Measured
+from budgetnet.costs.model import CostModel
 from budgetnet.costs.stopwatch import Rest, Stopwatch
 from budgetnet.costs.timetable import Setting, Timetable, Whole
 from budgetnet.errors import ConfigError, FileError
@@ -124,16 +125,25 @@ class Latency:
         """As `measured`, but on the machine as it was then."""
         return Stopwatch(self.assembler(network), self.quantile).compared(kept, then)
 
-    def bind(self, network: SuperNetwork) -> LatencyModel | LatencyElsewhere:
+    def bind(self, network: SuperNetwork) -> LatencyModel | LatencyByInput | LatencyElsewhere:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
 
-        Of another machine what its table predicts.
+        Of another machine what its table predicts. Where gates look at the input it is the mean over images.
 
         Raises:
-            ConfigError: the network has gates that look at the input: its latency is no function of what is kept.
+            ConfigError: gates look at the input, and it is not the median of one image in a file of onnxruntime.
             FileError: the table is no such file, holds for another machine or setting, or lacks what predictions need.
         """
-        return self.predicted(network) if self.elsewhere else self._timed(network)
+        if self.elsewhere:
+            return self.predicted(network)
+        if not network.heads:
+            return self._timed(network)
+        if self.runtime != "onnxruntime" or self.batch != 1 or self.quantile != "median":
+            raise ConfigError(
+                "where gates look at the input, latency is the median of one image in onnxruntime, "
+                f"got runtime {self.runtime}, batch {self.batch} and {self.quantile}"
+            )
+        return LatencyByInput(LatencyModel(network, self))
 
     def predicted(self, network: SuperNetwork) -> LatencyElsewhere:
         """As `bind`, of another machine."""
@@ -219,8 +229,12 @@ class LatencyModel(LatencyFit, LearningModel):
             self.error = float(np.median([abs(a / b - 1) for a, b in zip(before, seen, strict=True)]))
         self.save()
 
+    def baseline(self) -> dict[str, float]:
+        """What milliseconds are of, all numbers > 0, for a run to go on with."""
+        return self.watch.baseline()
+
     def go_by(self, baseline: Mapping[str, float]) -> None:
-        """From now on all milliseconds are of the machine as it was at a `Stopwatch.baseline`, predicted ones too."""
+        """From now on all milliseconds are of the machine as it was at a `baseline`, predicted ones too."""
         self.watch.go_by(baseline)
         self.fit(self.watch.slowness)
 
@@ -260,6 +274,60 @@ class LatencyModel(LatencyFit, LearningModel):
             for (kind, key), timing in zip(ways, found, strict=True):
                 spent = max(timing.quantile(0.5) - nothing.quantile(0.5), 1e-6)
                 self.table.times.setdefault(kind, {})[key] = spent / slowness / self.watch.slowness
+
+
+class LatencyByInput(CostModel):
+    """Latency where gates look at the input: of one image, in a file that does not run what the image closes.
+
+    Predicted as `a + b T(H)`, `T` what the extracted network of what the image opens would take: deciding takes its
+    time, too, and masked channels save none. What is handed over is timed on real images.
+
+    Args:
+        plain: predicts `T`.
+
+    Attributes:
+        deciding: `a`, in milliseconds.
+        saving: `b`, the share of the extracted network's saving that is one in the file; >= 0.
+        full: milliseconds of the full network without gates: what percents are of.
+    """
+
+    unit = "ms"
+
+    def __init__(self, plain: LatencyModel) -> None:
+        self.plain, self.full = plain, plain.full
+        self.deciding, self.saving = 0.0, 1.0
+
+    def __call__(self, used: Tensor) -> Tensor:
+        """Maps `(B, U)` used units to `(B,)` float64 milliseconds, with a gradient where `used` has one."""
+        return self.deciding + self.saving * self.plain(used)
+
+    def save(self) -> None:
+        """As `LatencyModel.save`."""
+        self.plain.save()
+
+    def learn(self, extracted: tuple[float, float], seen: tuple[float, float]) -> None:
+        """Goes by two networks of gates that were timed, one all open, one all closed.
+
+        Args:
+            extracted: what `T` predicts for each, in milliseconds.
+            seen: what each took, in milliseconds.
+        """
+        (a, b), (c, d) = extracted, seen
+        self.saving = max(0.0, (d - c) / (b - a)) if a != b else 0.0
+        self.deciding = (c + d - self.saving * (a + b)) / 2
+
+    def correct(self, times: float) -> None:
+        """From now on all takes so many times as long as it did."""
+        self.deciding, self.saving = self.deciding * times, self.saving * times
+
+    def baseline(self) -> dict[str, float]:
+        """What milliseconds are of, and how they are predicted, for a run to go on with."""
+        return {**self.plain.baseline(), "deciding": self.deciding, "saving": self.saving}
+
+    def go_by(self, baseline: Mapping[str, float]) -> None:
+        """As `LatencyModel.go_by`; predictions are as they were then."""
+        self.plain.go_by(baseline)
+        self.deciding, self.saving = baseline["deciding"], baseline["saving"]
 
 
 class LatencyElsewhere(LatencyFit):

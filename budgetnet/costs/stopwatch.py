@@ -12,6 +12,7 @@ from torch import Tensor
 
 from budgetnet.assembly import Assembler, Run
 from budgetnet.costs.measured import Measured
+from budgetnet.errors import FileError
 from budgetnet.timing import AGREE, BURST, COLD, STEADY, Timing, enough, quantile_share, rested
 
 BRIEF, CALLS = 64, 200
@@ -153,7 +154,10 @@ class Stopwatch:
         return {"rest": self.rest, **self.took._asdict(), "slowness": self.slowness}
 
     def go_by(self, baseline: Mapping[str, float]) -> None:
-        """From now on all milliseconds are of the machine of a `baseline`."""
+        """From now on all milliseconds are of the machine of a `baseline`; FileError where a number is not > 0."""
+        own = {name: baseline[name] for name in self.baseline()}
+        if min(own.values()) <= 0:
+            raise FileError(f"the checkpoint's milliseconds must be > 0, got {min(own.values()):g}")
         self.rest, self.slowness = baseline["rest"], baseline["slowness"]
         self.took = Rest(baseline["full"], baseline["yardstick"])
 
