@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -118,17 +119,21 @@ def deliver(session: Session, limits: list[dict[str, Any]]) -> Found:
 
 
 def _decided_once(session: Session) -> tuple[nn.Module, Tensor, dict[str, Any]]:
-    """The extracted network of the chosen architecture, what it keeps, and what result.json says of it."""
+    """The extracted network of the chosen architecture, what it keeps, and what result.json says of it.
+
+    It is looked at in float32, in which it is handed over, whatever it learned in.
+    """
     if session.learner.chosen is None:
         session.choose()
     kept = session.learner.chosen
     assert kept is not None
     used = session.network.used(kept)
-    session.settle(used)
+    batches = session.train.several(session.options.recalibration, session.epoch)
+    with exactly():
+        recalibrate(session.network, lambda x: session.network.run(x, used), batches)
+        plain = extract(session.network, kept).eval()
+        validation, test = (session.quality(plain, batches) for batches in (session.validation, session.test))
     session.save()
-    plain = extract(session.network, kept).eval()
-    validation = session.quality(session.predict(plain), session.validation)
-    test = session.quality(session.predict(plain), session.test)
     supernet, plain = session.network.cpu().eval(), contiguous(plain.cpu())
     contiguous(supernet)
     x = next(iter(session.test.epoch(0)))[0].cpu()
@@ -177,8 +182,7 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
 
     path = session.run.path / "network.onnx"
     examples = next(iter(session.validation.epoch(0)))[0].cpu()
-    # a GPU would round float32 to fewer digits
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with exactly():
         found = settled(network, session.budgets, look, settle, examples, path)
         tau, seen, plain, written = found.tau, found.seen, found.plain, found.written
         assert written is not None
@@ -228,6 +232,11 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
             },
         },
     )
+
+
+def exactly() -> AbstractContextManager[None]:
+    """In which a GPU does not round float32 to fewer digits."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def _milliseconds(file: Path, x: Tensor) -> dict[str, Any]:
