@@ -25,7 +25,7 @@ LAYERS = (
         "assembly",
     ),
     "costs",
-    *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference"),
+    *("objectives", "budgets", "data", "options", "conditional", "evaluation", "inference", "by_input"),
     *("projection", "selection", "runs", "building", "architectures", "measure"),
     *("report", "optimizers", "steering", "training", "session", "delivery", "search", "controller", "console", "cli"),
     *("__init__", "__main__"),
