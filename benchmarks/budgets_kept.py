@@ -27,6 +27,7 @@ SPACES: dict[str, Callable[[], bn.SuperNetwork]] = {
     "digits fabric": lambda: bn.spaces.resnet_fabric(width=3, image_size=8, in_channels=1),
     "CIFAR-10 fabric": lambda: bn.spaces.resnet_fabric(width=3, channels=8),
     "gated ResNet-20": lambda: bn.spaces.resnet(depth=20),
+    "ResNet-20 by input": lambda: bn.spaces.resnet(depth=20, gates="layers", conditional=True),
 }
 BUDGETS = (
     *("macs<=15%", "macs<=25%", "macs<=50%", "macs<=75%"),
@@ -34,6 +35,8 @@ BUDGETS = (
     *("macs<=50% latency<=50%", "macs<=25% params<=50%", "memory<=50% steps:2<=50%"),
     *("latency<=50% memory<=60%", "params<=50% steps:4<=60%"),
 )
+BY_INPUT = {"ResNet-20 by input": ("macs<=50%", "latency<=60%", "macs<=60% latency<=60%")}
+"""Of input-dependent gates, on layers here: the costs that they accept."""
 STEPS = {"gated ResNet-20": "75%"}
 """The limit on steps where half of them is out of reach: the shortcuts of strided blocks take steps too."""
 
@@ -44,7 +47,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=1280, help="of CIFAR-10, and to validate on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=list(SPACES))
-    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
+    parser.add_argument("--budgets", nargs="+", help="all unless given")
     parser.add_argument("--out", type=Path, default=Path("runs/budgets_kept"))
     parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the finished rows")
     arguments = parser.parse_args()
@@ -53,7 +56,7 @@ def main() -> None:
     for space in arguments.spaces:
         if space != "digits fabric" and not arguments.data:
             continue
-        for text in arguments.budgets:
+        for text in arguments.budgets or BY_INPUT.get(space, BUDGETS):
             budget = re.sub(r"(steps:\d<=)\d+%", rf"\g<1>{STEPS[space]}", text) if space in STEPS else text
             rows = [finished(space, budget, seed, arguments) for seed in arguments.seeds]
             done = [row for row in rows if row["budgets"]]
