@@ -24,13 +24,13 @@ def filled(network: Plain, block: int) -> Plain:
     """A copy for inference in which convolutions hand each other a multiple of `block` channels, some of them zero.
 
     It computes the same, with more multiply-adds, and in onnxruntime mostly sooner: on a CPU that has a faster layout
-    for multiples of 8, or of 16 with AVX-512. Batch norms are folded. Channels are added where one dense convolution
-    follows another in an `nn.Sequential`, with nothing but activations that leave 0 as it is, and depthwise
-    convolutions, between them; elsewhere they are as they were.
+    for multiples of 8; 16 gain nothing more with AVX-512. Batch norms are folded. Channels are added where one dense
+    convolution follows another in an `nn.Sequential`, with nothing but activations that leave 0 as it is, and
+    depthwise convolutions, between them; elsewhere they are as they were.
 
     Args:
         network: plain, such as `Found.network()`; stays as it is.
-        block: channels, 8 or 16 mostly.
+        block: channels, 8 mostly.
 
     Raises:
         ConfigError: `block` is below 1.
