@@ -145,13 +145,19 @@ def asked(network: bn.SuperNetwork, limit: float, *, upper: bool = True) -> tupl
 
 
 @torch.no_grad()
-def found(network: bn.SuperNetwork, budget: BoundBudget, x: Tensor, **options) -> by_input.Settled:
+def found(
+    network: bn.SuperNetwork,
+    budget: BoundBudget,
+    x: Tensor,
+    settle: Callable[[float], None] = lambda _: None,
+    **options,
+) -> by_input.Settled:
     """Settled on examples; the first of them are timed."""
 
     def look(tau: float) -> Observed:
         return Observed({}, expected_costs(network, Threshold(tau), [x], {budget.name: budget.model}), [])
 
-    return settled(network, [budget], look, lambda _: None, x, **options)
+    return settled(network, [budget], look, settle, x, **options)
 
 
 @pytest.mark.parametrize(("wrong", "limit", "upper"), [(1.3, 1.2, True), (0.7, 0.6, True), (1.3, 1.2, False)])
@@ -192,6 +198,21 @@ def test_what_comes_nearest_is_handed_over_where_no_file_keeps_the_limit(network
     smallest, _ = asked(network, 0.01 * FULL)
     with pytest.raises(UnreachableBudget, match=r"latency must be at most 0\.02 ms"):
         found(network, smallest, images(32))
+
+
+def test_a_threshold_that_came_nearer_than_later_ones_is_settled_on_again(network, timed, monkeypatch):
+    """Its batch norms are set once more, and its file is written."""
+    budget, _ = asked(network, 1.2)
+    times = iter([1.02, 1.1, 1.08, 1.09, 0.99])
+    monkeypatch.setattr(by_input, "times_full", lambda *_, **__: Measured(*[next(times) * 1.2 / FULL] * 3))
+    taus: list[float] = []
+    x = images(32)
+    one = found(network, budget, x, taus.append)
+    assert len(timed) == 5
+    assert taus[-1] == one.tau
+    assert torch.equal(timed[-1](x), timed[0](x))
+    assert not torch.equal(timed[-2](x), timed[0](x))
+    assert one.plain is timed[-1]
 
 
 def test_a_steering_goes_on_with_what_it_knew_of_deciding(network, timed, monkeypatch):
