@@ -286,7 +286,7 @@ class LatencyByInput(CostModel):
         plain: predicts `T`.
 
     Attributes:
-        deciding: `a`, in milliseconds.
+        deciding: `a`, in milliseconds; >= 0.
         saving: `b`, the share of the extracted network's saving that is one in the file; >= 0.
         full: milliseconds of the full network without gates: what percents are of.
     """
@@ -300,6 +300,13 @@ class LatencyByInput(CostModel):
     def __call__(self, used: Tensor) -> Tensor:
         """Maps `(B, U)` used units to `(B,)` float64 milliseconds, with a gradient where `used` has one."""
         return self.deciding + self.saving * self.plain(used)
+
+    @property
+    def along_path(self) -> list[float]:
+        """What each edge and the node it enters add at least on a path of their own; all deciding at the input."""
+        graph = self.plain.network.graph
+        own = zip(self.plain.along_path, graph.edges, strict=True)
+        return [self.saving * cost + self.deciding * (start == graph.source) for cost, (start, _) in own]
 
     def save(self) -> None:
         """As `LatencyModel.save`."""
@@ -315,6 +322,8 @@ class LatencyByInput(CostModel):
         (a, b), (c, d) = extracted, seen
         self.saving = max(0.0, (d - c) / (b - a)) if a != b else 0.0
         self.deciding = (c + d - self.saving * (a + b)) / 2
+        if self.deciding < 0:  # then it is the extracted network that is predicted too large
+            self.saving, self.deciding = (a * c + b * d) / (a**2 + b**2), 0.0
 
     def correct(self, times: float) -> None:
         """From now on all takes so many times as long as it did."""
