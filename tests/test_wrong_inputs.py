@@ -511,6 +511,10 @@ CALLS = [
     Refused("a space of half a block", lambda: spaces.resnet_fabric(width=1.5)),
     Refused("a file of another kind to export to", lambda: export(step(), "network.pkl", torch.zeros(1, 1, 8, 8))),
     Refused("a .pt2 file of gates that look at the input", lambda: export(looking(), "n.pt2", torch.zeros(1, 1, 8, 8))),
+    Refused(
+        "latency in torch where gates look at the input",
+        lambda: Budget.parse("latency[runtime=torch]<=2").bind(spaces.resnet(depth=8, conditional=True)),
+    ),
     Refused("images that are no bytes", lambda: Split(np.zeros((1, 1, 8, 8)), np.zeros(1, np.int64))),
     Refused("targets of another length", lambda: Split(np.zeros((1, 1, 8, 8), np.uint8), np.zeros(2, np.int64))),
 ]
