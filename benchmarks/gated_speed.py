@@ -26,7 +26,6 @@ from budgetnet.projection import trimmed
 from budgetnet.sites import Fixed
 from budgetnet.timing import interleaved
 
-Runs = dict[str, Callable[[Tensor], Tensor]]
 KINDS = ("anywhere", "eights", "blocks", "blocks and eights")
 
 

@@ -283,7 +283,7 @@ class Controller:
                 recalibrate(network, lambda x: network.masked(x, Threshold(tau))[0], batches)
 
         network.eval()  # as recalibration leaves it
-        found = settled(network, budgets, look, set_norms, torch.cat(examples))
+        found = settled(network, budgets, look, set_norms, examples[0])
         self.tau, self.outcomes = found.tau, [entry_by_input(budget, found) for budget in budgets]
         network.train(training)
         return self.tau

@@ -162,9 +162,9 @@ def _decided_by_input(session: Session) -> tuple[nn.Module, Tensor, dict[str, An
     """The network that skips what its gates close, the gates it opens mostly, and what result.json says of it.
 
     The threshold is the one nearest to 1/2 at which the cost expected on validation data keeps the budgets; of
-    milliseconds, what the file takes. All is
-    looked at in float32, in which the network is handed over, and the checkpoint holds it as it is then. How it
-    runs, in torch and in its file, is chosen by what is faster on this machine.
+    milliseconds, what the file takes. All is looked at in float32, in which the network is handed over, and the
+    checkpoint holds it as it is then. How it runs, in torch and in its file, is chosen by what is faster on this
+    machine.
     """
     network = session.network
     told = {"macs": MACs().bind(network)} | {budget.name: budget.model for budget in session.budgets}
