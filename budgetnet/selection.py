@@ -23,6 +23,8 @@ ORDERS = 16
 """Random orders in which the full network is cut before budgets are said to contradict each other."""
 CONFIRMED, ROUNDS = 5, 3
 """Candidates that are measured with more care before others are looked for, at most, and how often these are."""
+LEFT = 0.04
+"""Share of a limit that may be left when it is measured with more care; else others are looked for above it."""
 TIGHTER = 0.85
 """A limit on predictions becomes so many times as large where no other architectures are found below it."""
 
@@ -155,7 +157,9 @@ def choose(
 ) -> tuple[list[Candidate], Candidate]:
     """Of candidates the best that keeps the budgets also when it is measured with more care.
 
-    Where the best ones all break a budget, others are looked for below tighter limits, `ROUNDS` times in all.
+    Where the best ones all break a budget, others are looked for below tighter limits; where the one that keeps them
+    leaves more than `LEFT` of every limit, below wider ones, as on a noisy machine candidates are measured too high:
+    `ROUNDS` times in all.
 
     Args:
         network: the space.
@@ -167,8 +171,8 @@ def choose(
         pressed: likewise.
 
     Returns:
-        All candidates, and the one that is chosen; where all that were measured with more care break a budget, the one
-        that does so least.
+        All candidates, and the one that is chosen: of those that keep the budgets with more care, one a round, what
+        leaves least; where none does, what breaks one least.
 
     Raises:
         UnreachableBudget: none was found that keeps all budgets together.
@@ -187,10 +191,15 @@ def choose(
                 found[row] = Candidate(bits[None], own, judge(bits[None]))
         seen = confirmed(budgets, [found[row] for row in rows if found[row] not in careful], best)
         careful |= seen
-        if any(_excess(budgets, shares) <= 0 for shares in seen.values()):
+        if any(_close(budgets, shares) for shares in careful.values()):
             break
-        wanted = _tightened(wanted, list(seen.values()))
-    return list(found.values()), min(careful, key=lambda one: _excess(budgets, careful[one]))
+        wanted = _corrected(budgets, wanted, list(seen.values()))
+
+    def off(one: Candidate) -> tuple[bool, float]:
+        excess = _excess(budgets, careful[one])
+        return excess > 0, abs(excess)
+
+    return list(found.values()), min(careful, key=off)
 
 
 def confirmed(
@@ -206,7 +215,7 @@ def confirmed(
     left, seen = list(candidates), dict[Candidate, list[float]]()
     while left and len(seen) < CONFIRMED:
         one = left.pop(best(left))
-        seen[one] = [_share(budget, one.kept) for budget in budgets]
+        seen[one] = [_share(budget, one.kept, cost) for budget, cost in zip(budgets, one.costs, strict=True)]
         if _excess(budgets, seen[one]) <= 0:
             break
     return seen
@@ -277,22 +286,37 @@ def _moved(budget: BoundBudget, ratio: float, tighter: float) -> BoundBudget:
     return replace(budget, limit=budget.limit / ratio * (tighter * (1 - CLOSE / 2) if budget.upper else 1))
 
 
-def _tightened(budgets: Sequence[BoundBudget], seen: Sequence[Sequence[float]]) -> list[BoundBudget]:
-    """The same budgets for architectures that cost more than was measured: `seen` shares of the limits in its place."""
+def _corrected(
+    budgets: Sequence[BoundBudget], wanted: Sequence[BoundBudget], seen: Sequence[Sequence[float]]
+) -> list[BoundBudget]:
+    """Budgets for architectures that cost more, or less, than was measured: `seen` shares of the limits in its place.
+
+    Limits become wider only where one of these keeps them all.
+    """
+    kept = [shares for shares in seen if _excess(budgets, shares) <= 0]
     moved = []
-    for place, budget in enumerate(budgets):
-        shares = [own[place] for own in seen] or [1 / TIGHTER if budget.upper else 1.0]
-        ratio = max(1.0, *shares) if budget.upper else median(shares)
+    for place, budget in enumerate(wanted):
+        shares = [own[place] for own in kept or seen] or [1 / TIGHTER if budget.upper else 1.0]
+        ratio = max(0.0 if kept else 1.0, *shares) if budget.upper else median(shares)
         moved.append(_moved(budget, min(1 / TIGHTER, max(TIGHTER, ratio)), 1.0))
     return moved
 
 
-def _share(budget: BoundBudget, kept: Tensor) -> float:
-    """The share of its limit that an architecture, `(1, G)`, may take, measured with more care; 1 if counted."""
+def _share(budget: BoundBudget, kept: Tensor, cost: float) -> float:
+    """The share of its limit that an architecture, `(1, G)`, takes as counted, or may take as seen with care."""
     if not isinstance(budget.model, MeasuredModel):
-        return 1.0
+        return min(1.0, cost / budget.limit) if budget.upper else 1.0
     found = budget.model.report(kept)
     return (found.high if budget.upper else found.value) / budget.limit
+
+
+def _close(budgets: Sequence[BoundBudget], shares: Sequence[float]) -> bool:
+    """Whether an architecture keeps the budgets, and leaves no more than `LEFT` where that could be mended."""
+    if not all(budget.upper for budget in budgets) or not any(
+        isinstance(each.model, MeasuredModel) for each in budgets
+    ):
+        return _excess(budgets, shares) <= 0
+    return -LEFT <= _excess(budgets, shares) <= 0
 
 
 def _excess(budgets: Sequence[BoundBudget], shares: Sequence[float]) -> float:
