@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
-from budgetnet.apart import Apart
+from budgetnet.apart import Apart, onnx_session
 from budgetnet.errors import ConfigError
 from budgetnet.extraction import connected, extract, fold_batch_norm, narrowed
 from budgetnet.gated import GatedSequential, contiguous
@@ -155,13 +155,11 @@ class Assembler:
 
     @contextmanager
     def apart(self) -> Iterator[Assembler]:
-        """What builds and times: for onnxruntime in a new process, which ends with the `with`.
+        """The same, but all that it builds is built and timed in a new process, which ends with the `with`.
 
-        In this one for torch: layers of one's own may not be found by another process.
+        Only for onnxruntime: layers of one's own may not be found by another process.
         """
-        if self.runtime != "onnxruntime":
-            yield self
-            return
+        assert self.runtime == "onnxruntime"
         other = copy.copy(self)
         with self._told():
             process = Apart()
@@ -183,10 +181,14 @@ class Assembler:
         return self._session(shape, write) if self.runtime == "onnxruntime" else self._module(module, shape)
 
     def _session(self, shape: Shape, write: Callable[[Scope, str], str]) -> Run:
-        assert self.process is not None, "what onnxruntime runs is built apart"
-        model = self._model((self.batch, *shape), write).SerializeToString()
-        with self._told():
-            return self.process.build(model, (self.batch, *shape), self.threads)
+        if self.process is not None:
+            model = self._model((self.batch, *shape), write).SerializeToString()
+            with self._told():
+                return self.process.build(model, (self.batch, *shape), self.threads)
+        example = self._example(shape)
+        session = onnx_session(self._model(example.shape, write).SerializeToString(), self.threads)
+        feed = {"x": example.numpy()}
+        return lambda: session.run(None, feed)
 
     def _module(self, module: nn.Module, shape: Shape) -> Run:
         example = self._example(shape).to(self.device)

@@ -130,13 +130,13 @@ def measured_to_fit(
     return torch.tensor(best), [seen.cost[row] for row in best]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Candidate:
     """An architecture that keeps the budgets as it was measured.
 
     Attributes:
         kept: `(1, G)`.
-        costs: in the budgets' order.
+        costs: in the budgets' order; as measured with more care once that was done.
         quality: on validation data.
     """
 
@@ -207,7 +207,8 @@ def confirmed(
 ) -> dict[Candidate, list[float]]:
     """Measures candidates with more care, the best ones first, until one keeps the budgets: `CONFIRMED` at most.
 
-    Of many that were measured the one that leaves least of a limit is mostly one that was measured too low.
+    Of many that were measured the one that leaves least of a limit is mostly one that was measured too low. What these
+    cost is then known better.
 
     Returns:
         Of each that was measured what it may cost, as shares of the budgets' limits.
@@ -215,7 +216,8 @@ def confirmed(
     left, seen = list(candidates), dict[Candidate, list[float]]()
     while left and len(seen) < CONFIRMED:
         one = left.pop(best(left))
-        seen[one] = [_share(budget, one.kept, cost) for budget, cost in zip(budgets, one.costs, strict=True)]
+        looked = [_looked(budget, one.kept, cost) for budget, cost in zip(budgets, one.costs, strict=True)]
+        one.costs, seen[one] = [cost for cost, _ in looked], [share for _, share in looked]
         if _excess(budgets, seen[one]) <= 0:
             break
     return seen
@@ -302,12 +304,12 @@ def _corrected(
     return moved
 
 
-def _share(budget: BoundBudget, kept: Tensor, cost: float) -> float:
-    """The share of its limit that an architecture, `(1, G)`, takes as counted, or may take as seen with care."""
+def _looked(budget: BoundBudget, kept: Tensor, cost: float) -> tuple[float, float]:
+    """What an architecture, `(1, G)`, costs, measured with more care, and which share of its limit it may take."""
     if not isinstance(budget.model, MeasuredModel):
-        return min(1.0, cost / budget.limit) if budget.upper else 1.0
+        return cost, min(1.0, cost / budget.limit) if budget.upper else 1.0
     found = budget.model.report(kept)
-    return (found.high if budget.upper else found.value) / budget.limit
+    return found.value, (found.high if budget.upper else found.value) / budget.limit
 
 
 def _close(budgets: Sequence[BoundBudget], shares: Sequence[float]) -> bool:

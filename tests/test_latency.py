@@ -140,8 +140,7 @@ def test_what_is_measured_corrects_the_prediction():
     truth = Clock.whole
     before = float(model(space.used(kept[-1:]))[0])
     try:
-        # the full one, beside which they are timed, takes what it did
-        Clock.whole = lambda self, kept: (1 if kept.bool().all() else 2) * truth(self, kept)  # type: ignore[method-assign]
+        Clock.whole = lambda self, kept: 2 * truth(self, kept)  # type: ignore[method-assign]
         model.refit(kept[:50])
         assert model.error == pytest.approx(0.5, abs=0.01)  # judged before it knew them
         after = float(model(space.used(kept[-1:]))[0])
@@ -286,7 +285,7 @@ def test_a_run_that_goes_on_counts_in_the_milliseconds_it_began_with(monkeypatch
     with pytest.raises(FileError, match="timings of 1 budgets, got 0"):
         again.load_state(tensors, {**state, "timed": []})
     with pytest.raises(FileError, match="milliseconds must be > 0, got -1"):
-        again.load_state(tensors, {**state, "timed": [{**state["timed"][0], "full": -1}]})
+        again.load_state(tensors, {**state, "timed": [{**state["timed"][0], "rest": -1}]})
 
 
 @pytest.mark.usefixtures("clocked")
@@ -328,22 +327,17 @@ def test_threads_and_batch_are_those_that_were_asked_for(monkeypatch):
     space = bn.spaces.resnet_fabric(width=1, channels=4, image_size=8).eval()
     given: list[tuple[int, tuple[int, ...]]] = []
 
-    class Process:
-        """In place of a new one."""
+    class Session:
+        def __init__(self, threads: int) -> None:
+            self.threads = threads
 
-        def __enter__(self) -> Process:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def build(self, model: bytes, shape: Sequence[int], threads: int) -> None:
-            given.append((threads, tuple(shape)))
+        def run(self, _: None, feed: dict[str, np.ndarray]) -> None:
+            given.append((self.threads, feed["x"].shape))
 
     monkeypatch.setattr(Assembler, "_export", lambda self: None)
     monkeypatch.setattr(Assembler, "_model", lambda *_: SimpleNamespace(SerializeToString=bytes))
-    monkeypatch.setattr("budgetnet.assembly.Apart", Process)
-    with Assembler(space, runtime="onnxruntime", threads=3, batch=5, device="cpu").apart() as there:
-        there.whole(space.architecture("full"))
+    monkeypatch.setattr("budgetnet.assembly.onnx_session", lambda model, threads: Session(threads))
+    Assembler(space, runtime="onnxruntime", threads=3, batch=5, device="cpu").whole(space.architecture("full"))()
     assert given == [(3, (5, 3, 8, 8))]
     seen: list[tuple[int, tuple[int, ...]]] = []
     monkeypatch.setattr(
@@ -418,23 +412,23 @@ def looks(monkeypatch) -> list[float]:
 
 @pytest.mark.usefixtures("clocked")
 @pytest.mark.parametrize(
-    ("speeds", "taken"),
+    ("speeds", "taken", "counts"),
     [
-        ([1.04], 1),
-        ([1.06, 1.0], 2),
-        ([1.3, 1.5, 1.3, 1.4, 1.2, 1.0], 6),
-        ([1.3, 1.5, 1.2] + [1.4] * 17 + [1.0], 20),  # never at rest
-        ([0.96], 1),
-        ([0.5], 1),  # it was not at rest at the start
+        ([1.04], 1, 1.0),
+        ([1.06, 1.0], 2, 1.0),
+        ([1.3, 1.5, 1.3, 1.4, 1.2, 1.0], 6, 1.0),
+        ([1.3, 1.5, 1.2] + [1.4] * 7 + [1.0], 10, 1.0),  # never at rest
+        ([0.96], 1, 1.0),
+        ([0.5], 1, 0.5),  # it was not at rest at the start
     ],
 )
-def test_candidates_are_measured_until_the_machine_is_at_rest(looks: list[float], speeds, taken):
+def test_candidates_are_measured_until_the_machine_is_at_rest(looks: list[float], speeds, taken, counts):
     """And take as many times too long as the full network."""
     space = SPACES["fabric"]().eval()
     model, kept = Latency().bind(space), widely(space, 3, generator())[1:]
     usual = [one.value for one in model.measure(kept)]
-    looks[:] = [7.0, *reversed(speeds), 1.0]  # the last one decides how often the full network is built
-    assert [one.value for one in model.measure(kept)] == pytest.approx(usual)
+    looks[:] = [7.0, *reversed(speeds)]
+    assert [one.value for one in model.measure(kept)] == pytest.approx([counts * value for value in usual])
     assert len(looks) == 1 + len(speeds) - taken
 
 
@@ -453,7 +447,7 @@ def test_a_network_takes_what_the_middle_one_of_three_that_were_built_does(monke
     monkeypatch.setattr(Assembler, "whole", whole)
     for one, value in zip(model.measure(kept), usual, strict=True):
         assert (one.low, one.value, one.high) == pytest.approx((0.9 * value, value, 1.2 * value))
-    assert len(built) == 3 + 6  # with the full one
+    assert len(built) == 6
 
 
 @pytest.mark.usefixtures("clocked")
@@ -469,7 +463,7 @@ def test_percents_are_of_the_middle_one_of_three_full_networks(monkeypatch):
     usual = Latency().bind(space).full
     monkeypatch.setattr(Assembler, "whole", whole)
     assert bn.Budget(Latency(), at_most="50%").bind(space).limit == pytest.approx(usual / 2)
-    assert len(built) == 48 + 3 * 3  # beside which modules and networks are timed, too
+    assert len(built) == 48 + 3
 
 
 @pytest.mark.usefixtures("clocked")
@@ -487,16 +481,16 @@ def test_fast_networks_are_built_more_often_for_their_result(monkeypatch):
     monkeypatch.setattr(stopwatch, "FAST", 1e6)
     monkeypatch.setattr(Assembler, "whole", whole)
     watch = Stopwatch(Latency().assembler(space), "median")
-    assert watch.start().value == pytest.approx(usual.full)
+    assert watch.start()[0].value == pytest.approx(usual.full)
     assert watch.took.full == pytest.approx(usual.full)
     assert len(built) == stopwatch.MANY
     found = watch.report(kept)
     assert (found.value, found.high) == (pytest.approx(value), pytest.approx(value))
-    assert len(built) == 3 * stopwatch.MANY
-    assert Latency().compared(space, kept, watch.took).value == pytest.approx(value)
-    assert len(built) == 5 * stopwatch.MANY
+    assert len(built) == 2 * stopwatch.MANY
+    assert watch.compared(kept, watch.took).value == pytest.approx(value)
+    assert len(built) == 4 * stopwatch.MANY
     watch.measure(kept)
-    assert len(built) == 6 * stopwatch.MANY + watch.builds
+    assert len(built) == 4 * stopwatch.MANY + watch.builds
 
 
 @pytest.mark.usefixtures("clocked")
@@ -507,7 +501,7 @@ def test_a_fast_network_is_built_more_often_than_a_slow_full_one(monkeypatch):
     monkeypatch.setattr(Assembler, "whole", lambda self, row: built.append(row) or before(self, row))
     monkeypatch.setattr(stopwatch, "FAST", (model.report(kept).value + model.full) / 2)
     built.clear()
-    found = Latency().compared(space, kept, model.watch.took)
+    found = model.watch.compared(kept, model.watch.took)
     assert [bool(row.bool().all()) for row in built] == [True] * 3 + [False] * stopwatch.MANY
     assert found.value < stopwatch.FAST < model.full
 
@@ -570,7 +564,7 @@ def test_a_quantile_far_out_takes_more_calls(quantile: str, calls: int, monkeypa
     kept = widely(space, 2, generator())
     model.measure(kept)
     Latency(quantile=quantile).measured(space, kept[:1])
-    assert asked == [timing.BURST, calls] * 2
+    assert asked == [calls, timing.BURST, calls]
     assert quantile != "p99" or model.watch.share**calls < 0.02
 
 
@@ -584,10 +578,9 @@ def test_a_high_quantile_counts_bursts_that_are_slow_while_the_full_network_is_n
         usual[quantile] = watch.report(kept).value
 
         def times(self: Assembler, ways: Sequence[float], *_: object) -> list[Timing]:
-            """Three bursts in ten of all but the yardsticks and full networks, the last six, take twice as long."""
+            """Three bursts in ten of all but the full network, the last one, take twice as long."""
             slow = np.tile(np.repeat([1.0, 2.0], [56, 24]), 2)
-            own = len(ways) - 6
-            return [Timing(np.full(160, way) * (slow if at < own else 1.0), 0.0) for at, way in enumerate(ways)]
+            return [Timing(np.full(160, way) * (slow if way is not ways[-1] else 1.0), 0.0) for way in ways]
 
         with monkeypatch.context() as patch:
             patch.setattr(Assembler, "times", times)
@@ -869,6 +862,8 @@ def test_where_much_of_every_limit_is_left_others_are_looked_for_below_wider_one
     assert len(found) == len(limits)
     kept = [share for share in shares if share <= 0.99]
     assert int(chosen.kept.sum()) == 1 + (kept.index(max(kept)) if kept else 0)
+    seen = [one.costs[-1] / plain.limit for one in found]
+    assert seen == pytest.approx(shares or [counted])  # as measured with more care
 
 
 def test_where_few_networks_lie_below_a_limit_smaller_ones_are_measured():
@@ -1024,7 +1019,7 @@ def test_a_result_is_measured_in_a_new_process_beside_the_full_network(monkeypat
         return real(self, model, shape, threads)
 
     monkeypatch.setattr(Apart, "build", build)
-    found = watch.report(kept)
+    found = watch.anew(kept)
     assert 0 < found.low <= found.value <= found.high < 1.5 * watch.took.full
     (process,) = processes
     assert process.returncode is not None  # it is over
@@ -1076,13 +1071,9 @@ def test_what_the_new_process_sees_counts_beside_its_own_full_network(speed: flo
     budget = dataclasses.replace(bn.Budget(MACs(), at_most="50%").bind(space), model=model, limit=by * here * 1.001)
     one = Candidate(kept, [here], {})
     assert confirmed([budget], [one], lambda some: 0)[one] == pytest.approx([1 / 1.001])  # and where it is accepted
-
-
-def test_networks_in_torch_are_timed_in_this_process():
-    """Another one may not find layers of one's own."""
-    assembler = Latency(runtime="torch").assembler(SPACES["fabric"]())
-    with assembler.apart() as there:
-        assert there is assembler
+    torch_only = Stopwatch(Latency(runtime="torch").assembler(space), "median")
+    torch_only.start()
+    assert torch_only.anew(kept).value == pytest.approx(here)  # in this process
 
 
 @pytest.mark.usefixtures("clocked")
@@ -1099,7 +1090,7 @@ def test_what_a_network_is_compared_with_is_timed_in_turns_with_it(monkeypatch):
         return before(self, [1.5 * way if small and way < 2.0 else way for way in ways], calls, seconds)
 
     monkeypatch.setattr(Assembler, "times", times)
-    found = Latency().compared(space, kept, then)
+    found = Stopwatch(Latency().assembler(space), "median").compared(kept, then)
     assert (found.value, found.slowness) == (pytest.approx(usual), pytest.approx(1.5))
 
 
@@ -1116,7 +1107,7 @@ def test_a_process_that_fails_gives_one_clear_line(start: str, line: str, monkey
     monkeypatch.setattr("budgetnet.apart.START", start)
     space = SPACES["fabric"]().eval()
     with pytest.raises(ConfigError, match=f"^onnxruntime cannot run resnet_fabric, batch 1: {line}$"):
-        Latency().compared(space, space.architecture("full"), stopwatch.Rest(1.0, 1.0))
+        Stopwatch(Latency().assembler(space), "median").compared(space.architecture("full"), stopwatch.Rest(1.0, 1.0))
 
 
 def test_an_interruption_ends_the_new_process_too(monkeypatch, tmp_path: Path, capsys):
@@ -1128,7 +1119,7 @@ def test_an_interruption_ends_the_new_process_too(monkeypatch, tmp_path: Path, c
 
     def command(_: list[str]) -> None:
         space = SPACES["fabric"]().eval()
-        Latency().compared(space, space.architecture("full"), stopwatch.Rest(1.0, 1.0))
+        Stopwatch(Latency().assembler(space), "median").compared(space.architecture("full"), stopwatch.Rest(1.0, 1.0))
 
     monkeypatch.setattr(Apart, "_ask", interrupted)
     monkeypatch.setitem(cli.COMMANDS, "measure", command)

@@ -45,11 +45,12 @@ def made(tmp_path: Path, monkeypatch) -> Callable[..., tuple[LatencyModel, Path]
     """Makes a space's table under a `Clock`, says that it is of another machine, and has nothing timed after that."""
 
     def make(space: bn.SuperNetwork, **options: Any) -> tuple[LatencyModel, Path]:
-        file, before = tmp_path / "times.json", Clock.whole
+        file, built, before = tmp_path / "times.json", list[Tensor](), Clock.whole
 
         def whole(self: Clock, kept: Tensor) -> float:
-            """What percents are of is faster than what it is made of tells."""
-            return before(self, kept) * (0.9 if kept.bool().all() else 1.0)
+            """What percents are of is looked at with more care, and faster than in the look that weights learn from."""
+            built.append(kept)
+            return before(self, kept) * (0.9 if len(built) <= 3 else 1.0)
 
         with pytest.MonkeyPatch.context() as patch:
             tick(patch)
@@ -57,7 +58,7 @@ def made(tmp_path: Path, monkeypatch) -> Callable[..., tuple[LatencyModel, Path]
             model = Latency(table=str(file), **options).bind(space)
         assert isinstance(model, LatencyModel)
         changed(file, lambda content: content.update(processor=THERE, version="0.1"))
-        for name in ("start", "alone", "briefly", "measure", "report", "_look"):
+        for name in ("start", "quickly", "briefly", "measure", "report", "compared", "_rested"):
             monkeypatch.setattr(Stopwatch, name, refused)
         for name in ("alone", "addition", "activation", "nothing", "whole", "yardstick", "times"):
             monkeypatch.setattr(Assembler, name, refused)

@@ -24,6 +24,8 @@ from budgetnet.errors import ConfigError, FileError
 from budgetnet.supernet import SuperNetwork
 from budgetnet.timing import quantile_share
 
+ALONE_CALLS = 24
+"""Timed calls of a module by itself."""
 NETWORKS = {"compiled": 6}
 """Whole networks that are measured before a search: so few where each takes long to build, else 48."""
 EACH_EPOCH = {"compiled": 0}
@@ -121,7 +123,7 @@ class Latency:
 
     def compared(self, network: SuperNetwork, kept: Tensor, then: Rest) -> Measured:
         """As `measured`, but on the machine as it was then."""
-        return Stopwatch(self.assembler(network), self.quantile, then).report(kept)
+        return Stopwatch(self.assembler(network), self.quantile).compared(kept, then)
 
     def bind(self, network: SuperNetwork) -> LatencyModel | LatencyByInput | LatencyElsewhere:
         """The latency of this network's architectures; times its modules, and some whole networks, on this machine.
@@ -200,8 +202,11 @@ class LatencyModel(LatencyFit, LearningModel):
         return self.watch.measure(kept)
 
     def report(self, kept: Tensor) -> Measured:
-        """What the extracted network of an architecture, `(1, G)`, takes, measured with more care."""
-        return self.watch.report(kept)
+        """What the extracted network of an architecture, `(1, G)`, takes on the machine at rest, in a new process.
+
+        In this one where its runtime is torch.
+        """
+        return self.watch.anew(kept)
 
     def refit(self, kept: Tensor, *, first: bool = False) -> None:
         """Measures the networks of `(n, G)` architectures and fits the weights to all measured so far.
@@ -250,24 +255,25 @@ class LatencyModel(LatencyFit, LearningModel):
         setting = Setting.here(self.cost.runtime, self.cost.threads, self.cost.batch, self.cost.device)
         path = Path(self.cost.table)
         table = Timetable.load(path, setting) if self.cost.table and path.is_file() else None
-        full = self.watch.start()
-        table = table or Timetable(setting, self.watch.took.yardstick)
-        self.watch.slowness = self.watch.took.yardstick / table.yardstick
+        full, yard = self.watch.start()
+        table = table or Timetable(setting, yard)
+        self.watch.slowness = yard / table.yardstick
         self.watch.note(self.watch.slowness)
         return table, full
 
     def _time_modules(self) -> None:
         """Times each kind of module that the table does not have yet."""
-        ways = self.missing()
+        ways = {named: build() for named, build in self.missing().items()}
         if ways:
             watch = self.watch
             if self.modules is not watch.assembler:
                 watch = Stopwatch(self.modules, "median")
                 watch.start()
-            *found, nothing = watch.alone(lambda there: [*(build(there) for build in ways.values()), there.nothing()])
-            for (kind, key), milliseconds in zip(ways, found, strict=True):
-                spent = max(milliseconds - nothing, 1e-6)
-                self.table.times.setdefault(kind, {})[key] = spent / self.watch.slowness
+            alone = [*ways.values(), self.modules.nothing()]
+            (*found, nothing), slowness = watch.quickly(alone, ALONE_CALLS, first=True)
+            for (kind, key), timing in zip(ways, found, strict=True):
+                spent = max(timing.quantile(0.5) - nothing.quantile(0.5), 1e-6)
+                self.table.times.setdefault(kind, {})[key] = spent / slowness / self.watch.slowness
 
 
 class LatencyByInput(CostModel):

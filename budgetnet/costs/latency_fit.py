@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from operator import methodcaller
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,20 +65,20 @@ class LatencyFit(CostModel):
         """The whole networks in the table that are of this space and quantile."""
         return [whole for whole in self.table.networks if whole.space == self.space]
 
-    def missing(self) -> dict[tuple[str, str], Callable[[Assembler], Run]]:
+    def missing(self) -> dict[tuple[str, str], Callable[[], Run]]:
         """What the table would need beside what it has, by kind and numbers of open channels, and what builds it."""
         network, modules, times = self.network, self.modules, self.table.times
-        found: dict[tuple[str, str], Callable[[Assembler], Run]] = {}
+        found: dict[tuple[str, str], Callable[[], Run]] = {}
         for edge in modules.edges:
             kind, site = self._edge_kind(edge), self.sites.get(edge)
             for bits in [torch.zeros(0)] if site is None else openings(site):
                 key = "" if site is None else counts_key(bits, site)
-                found[kind, key] = methodcaller("alone", edge, bits)
+                found[kind, key] = partial(modules.alone, edge, bits)
         for node in modules.nodes:
-            found[modules.kind(network.activations[node], network.shapes[node]), ""] = methodcaller("activation", node)
+            found[modules.kind(network.activations[node], network.shapes[node]), ""] = partial(modules.activation, node)
         for node, entering in enumerate(network.graph.incoming):
             if len(entering) > 1:
-                found[addition_kind(network, node), ""] = methodcaller("addition", node)
+                found[addition_kind(network, node), ""] = partial(modules.addition, node)
         return {(kind, key): build for (kind, key), build in found.items() if key not in times.get(kind, {})}
 
     def fit(self, slowness: float = 1.0) -> None:
