@@ -21,8 +21,11 @@ NEAR = 6
 ATTEMPTS = 5
 ORDERS = 16
 """Random orders in which the full network is cut before budgets are said to contradict each other."""
-CONFIRMED, ROUNDS = 5, 3
-"""Candidates that are measured with more care before others are looked for, at most, and how often these are."""
+CONFIRMED, AGAIN, ROUNDS = 5, 2, 3
+"""Candidates that are measured with more care before others are looked for, at most, and how often these are.
+
+Fewer of those that are looked for because one leaves much: where none of them keeps the limits, there is that one.
+"""
 LEFT = 0.04
 """Share of a limit that may be left when it is measured with more care; else others are looked for above it."""
 TIGHTER = 0.85
@@ -189,7 +192,8 @@ def choose(
         for row, bits, own in zip(rows, pool, costs, strict=True):
             if row not in found:
                 found[row] = Candidate(bits[None], own, judge(bits[None]))
-        seen = confirmed(budgets, [found[row] for row in rows if found[row] not in careful], best)
+        most = AGAIN if any(_excess(budgets, shares) <= 0 for shares in careful.values()) else CONFIRMED
+        seen = confirmed(budgets, [found[row] for row in rows if found[row] not in careful], best, most)
         careful |= seen
         if any(_close(budgets, shares) for shares in careful.values()):
             break
@@ -203,9 +207,12 @@ def choose(
 
 
 def confirmed(
-    budgets: Sequence[BoundBudget], candidates: Sequence[Candidate], best: Callable[[Sequence[Candidate]], int]
+    budgets: Sequence[BoundBudget],
+    candidates: Sequence[Candidate],
+    best: Callable[[Sequence[Candidate]], int],
+    most: int = CONFIRMED,
 ) -> dict[Candidate, list[float]]:
-    """Measures candidates with more care, the best ones first, until one keeps the budgets: `CONFIRMED` at most.
+    """Measures candidates with more care, the best ones first, until one keeps the budgets: so many at most.
 
     Of many that were measured the one that leaves least of a limit is mostly one that was measured too low. What these
     cost is then known better.
@@ -214,7 +221,7 @@ def confirmed(
         Of each that was measured what it may cost, as shares of the budgets' limits.
     """
     left, seen = list(candidates), dict[Candidate, list[float]]()
-    while left and len(seen) < CONFIRMED:
+    while left and len(seen) < most:
         one = left.pop(best(left))
         looked = [_looked(budget, one.kept, cost) for budget, cost in zip(budgets, one.costs, strict=True)]
         one.costs, seen[one] = [cost for cost, _ in looked], [share for _, share in looked]

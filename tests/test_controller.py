@@ -340,7 +340,7 @@ def test_the_best_of_the_candidates_by_the_judge_is_chosen():
 def test_where_the_best_breaks_a_limit_when_measured_with_more_care_the_next_best_is_chosen(monkeypatch):
     one, seen = finished(), list[float]()
 
-    def second(budgets, candidates, best):
+    def second(budgets, candidates, best, most):
         assert budgets is one.steering.budgets
         first = candidates[best(candidates)]
         others = [one for one in candidates if one is not first]

@@ -842,7 +842,7 @@ def test_where_candidates_cost_something_else_when_measured_with_more_care_other
 def test_where_much_of_every_limit_is_left_others_are_looked_for_below_wider_ones(
     shares, counted, upper, limits, monkeypatch
 ):
-    """What leaves least is handed over, unless it breaks its limit."""
+    """What leaves least is handed over, unless it breaks its limit. Then fewer are measured with more care."""
     space, asked = SPACES["channels"](), list[float]()
     plain = bn.Budget(MACs(), at_most="50%").bind(space)
     budgets = [plain]
@@ -857,7 +857,10 @@ def test_where_much_of_every_limit_is_left_others_are_looked_for_below_wider_one
         return pool, [[counted * plain.limit] * len(wanted)]
 
     monkeypatch.setattr("budgetnet.selection.measured_to_fit", fit)
+    most, real = list[int](), confirmed
+    monkeypatch.setattr("budgetnet.selection.confirmed", lambda *given: most.append(given[-1]) or real(*given))
     found, chosen = choose(space, budgets, lambda kept: {}, lambda some: 0, count=1, generator=generator())
+    assert most == [5, 2, 2][: len(limits)]
     assert asked == pytest.approx([limit * 0.99**place for place, limit in enumerate(limits)])
     assert len(found) == len(limits)
     kept = [share for share in shares if share <= 0.99]

@@ -133,7 +133,7 @@ def test_a_candidate_that_breaks_a_limit_when_measured_with_more_care_is_not_cho
     """Then it is the best of the others."""
     asked: list[Candidate] = []
 
-    def second(budgets, candidates, best):
+    def second(budgets, candidates, best, most):
         asked.append(candidates[best(candidates)])
         others = [one for one in candidates if one is not asked[0]]
         asked.append(others[best(others)])
