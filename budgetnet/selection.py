@@ -192,10 +192,11 @@ def choose(
         for row, bits, own in zip(rows, pool, costs, strict=True):
             if row not in found:
                 found[row] = Candidate(bits[None], own, judge(bits[None]))
-        most = AGAIN if any(_excess(budgets, shares) <= 0 for shares in careful.values()) else CONFIRMED
+        kept = any(_excess(budgets, shares) <= 0 for shares in careful.values())
+        most = AGAIN if kept else CONFIRMED
         seen = confirmed(budgets, [found[row] for row in rows if found[row] not in careful], best, most)
         careful |= seen
-        if any(_close(budgets, shares) for shares in careful.values()):
+        if any(_close(budgets, shares) for shares in careful.values()) or (kept and not seen):
             break
         wanted = _corrected(budgets, wanted, list(seen.values()))
 

@@ -869,6 +869,22 @@ def test_where_much_of_every_limit_is_left_others_are_looked_for_below_wider_one
     assert seen == pytest.approx(shares or [counted])  # as measured with more care
 
 
+def test_where_the_full_network_leaves_much_of_a_limit_nothing_else_is_measured_with_more_care(monkeypatch):
+    space, drawn = SPACES["channels"](), list[float]()
+    plain = bn.Budget(MACs(), at_most="150%").bind(space)
+    model = Careful(space, plain.limit, 0.6)
+    budget = dataclasses.replace(plain, model=model)
+
+    def fit(_: object, wanted: Sequence[bn.budgets.BoundBudget], **__: object) -> tuple[Tensor, list[list[float]]]:
+        drawn.append(wanted[0].limit)
+        return space.architecture("full"), [[plain.full]]
+
+    monkeypatch.setattr("budgetnet.selection.measured_to_fit", fit)
+    found, chosen = choose(space, [budget], lambda kept: {}, lambda some: 0, count=1, generator=generator())
+    assert found == [chosen]
+    assert (len(drawn), len(model.asked)) == (2, 1)
+
+
 def test_where_few_networks_lie_below_a_limit_smaller_ones_are_measured():
     space = bn.spaces.resnet(depth=14, channels=8, image_size=8, gates="layers")
     budget, pool = measured(space, "90%", model := Off(space, 1.1))  # all that are predicted just below it break it
