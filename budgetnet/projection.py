@@ -60,13 +60,10 @@ def probable(
     Raises:
         UnreachableBudget: none was found that keeps all budgets together.
     """
-    logits = network.logits()
-    if pressed and all(budget.upper for budget in budgets):
-        logits = _raised(network, budgets, logits)
+    logits = _pressed(network, budgets) if pressed else network.logits()
     mode = (logits > 0).float()[None]
     mended = mend(network, budgets, mode, logits)
-    binding = not bool(keeps(network, budgets, mode)[0])
-    wanted = torch.ones_like(mode[0], dtype=torch.bool) if binding else mode[0].bool()
+    wanted = torch.ones_like(mode[0], dtype=torch.bool) if binding(network, budgets, pressed) else mode[0].bool()
     pool = torch.cat([mended, _samples(network, budgets, logits, least=count, count=samples, generator=generator)])
     unique: dict[tuple[float, ...], None] = {}  # in order
     for tried, row in enumerate(dict.fromkeys(map(tuple, pool.tolist()))):
@@ -79,6 +76,18 @@ def probable(
         together = "" if alone else " together"
         raise UnreachableBudget(f"no architecture of {network.name} was found that keeps {told}{together}")
     return torch.tensor(list(unique))
+
+
+def binding(network: SuperNetwork, budgets: Sequence[BoundBudget], pressed: bool = False) -> bool:
+    """Whether the mode, as `probable` takes it, breaks the budgets, so that they are what closes gates."""
+    logits = _pressed(network, budgets) if pressed else network.logits()
+    return not bool(keeps(network, budgets, (logits > 0).float()[None])[0])
+
+
+def _pressed(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> Tensor:
+    """`(G,)` logits where a limit is what closes gates: raised where there are no targets."""
+    logits = network.logits()
+    return _raised(network, budgets, logits) if all(budget.upper for budget in budgets) else logits
 
 
 def _raised(network: SuperNetwork, budgets: Sequence[BoundBudget], logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from budgetnet.budgets import TOLERANCE, BoundBudget
 from budgetnet.costs.measured import LearningModel, MeasuredModel
 from budgetnet.errors import UnreachableBudget
-from budgetnet.projection import CLOSE, mend, probable, room, trimmed
+from budgetnet.projection import CLOSE, binding, mend, probable, room, trimmed
 from budgetnet.supernet import SuperNetwork
 
 NEAR = 6
@@ -198,6 +198,8 @@ def choose(
         careful |= seen
         if any(_close(budgets, shares) for shares in careful.values()) or (kept and not seen):
             break
+        if any(_excess(budgets, shares) <= 0 for shares in seen.values()) and not binding(network, wanted, pressed):
+            break  # wider limits would open nothing
         wanted = _corrected(budgets, wanted, list(seen.values()))
 
     def off(one: Candidate) -> tuple[bool, float]:

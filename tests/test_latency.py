@@ -869,9 +869,11 @@ def test_where_much_of_every_limit_is_left_others_are_looked_for_below_wider_one
     assert seen == pytest.approx(shares or [counted])  # as measured with more care
 
 
-def test_where_the_full_network_leaves_much_of_a_limit_nothing_else_is_measured_with_more_care(monkeypatch):
+@pytest.mark.parametrize(("limit", "times"), [("150%", 1), ("99%", 2)])
+def test_where_nothing_else_is_drawn_nothing_else_is_measured_with_more_care(limit: str, times: int, monkeypatch):
+    """Others are not looked for where the limit does not bind, and no third time where there are none."""
     space, drawn = SPACES["channels"](), list[float]()
-    plain = bn.Budget(MACs(), at_most="150%").bind(space)
+    plain = bn.Budget(MACs(), at_most=limit).bind(space)
     model = Careful(space, plain.limit, 0.6)
     budget = dataclasses.replace(plain, model=model)
 
@@ -882,7 +884,7 @@ def test_where_the_full_network_leaves_much_of_a_limit_nothing_else_is_measured_
     monkeypatch.setattr("budgetnet.selection.measured_to_fit", fit)
     found, chosen = choose(space, [budget], lambda kept: {}, lambda some: 0, count=1, generator=generator())
     assert found == [chosen]
-    assert (len(drawn), len(model.asked)) == (2, 1)
+    assert (len(drawn), len(model.asked)) == (times, 1)
 
 
 def test_where_few_networks_lie_below_a_limit_smaller_ones_are_measured():
