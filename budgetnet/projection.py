@@ -60,10 +60,9 @@ def probable(
     Raises:
         UnreachableBudget: none was found that keeps all budgets together.
     """
-    logits = _pressed(network, budgets) if pressed else network.logits()
-    mode = (logits > 0).float()[None]
+    logits, mode, cut = _mode(network, budgets, pressed)
     mended = mend(network, budgets, mode, logits)
-    wanted = torch.ones_like(mode[0], dtype=torch.bool) if binding(network, budgets, pressed) else mode[0].bool()
+    wanted = torch.ones_like(mode[0], dtype=torch.bool) if cut else mode[0].bool()
     pool = torch.cat([mended, _samples(network, budgets, logits, least=count, count=samples, generator=generator)])
     unique: dict[tuple[float, ...], None] = {}  # in order
     for tried, row in enumerate(dict.fromkeys(map(tuple, pool.tolist()))):
@@ -78,16 +77,18 @@ def probable(
     return torch.tensor(list(unique))
 
 
-def binding(network: SuperNetwork, budgets: Sequence[BoundBudget], pressed: bool = False) -> bool:
-    """Whether the mode, as `probable` takes it, breaks the budgets, so that they are what closes gates."""
-    logits = _pressed(network, budgets) if pressed else network.logits()
-    return not bool(keeps(network, budgets, (logits > 0).float()[None])[0])
+def binding(network: SuperNetwork, budgets: Sequence[BoundBudget], *, pressed: bool = False) -> bool:
+    """Whether the mode, as `probable` takes it, breaks the budgets: they are what closes gates."""
+    return _mode(network, budgets, pressed)[2]
 
 
-def _pressed(network: SuperNetwork, budgets: Sequence[BoundBudget]) -> Tensor:
-    """`(G,)` logits where a limit is what closes gates: raised where there are no targets."""
+def _mode(network: SuperNetwork, budgets: Sequence[BoundBudget], pressed: bool) -> tuple[Tensor, Tensor, bool]:
+    """`(G,)` logits, raised where a limit presses, the mode, `(1, G)`, and whether it breaks the budgets."""
     logits = network.logits()
-    return _raised(network, budgets, logits) if all(budget.upper for budget in budgets) else logits
+    if pressed and all(budget.upper for budget in budgets):
+        logits = _raised(network, budgets, logits)
+    mode = (logits > 0).float()[None]
+    return logits, mode, not bool(keeps(network, budgets, mode)[0])
 
 
 def _raised(network: SuperNetwork, budgets: Sequence[BoundBudget], logits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -198,7 +199,9 @@ def choose(
         careful |= seen
         if any(_close(budgets, shares) for shares in careful.values()) or (kept and not seen):
             break
-        if any(_excess(budgets, shares) <= 0 for shares in seen.values()) and not binding(network, wanted, pressed):
+        if any(_excess(budgets, shares) <= 0 for shares in seen.values()) and not binding(
+            network, wanted, pressed=pressed
+        ):
             break  # wider limits would open nothing
         wanted = _corrected(budgets, wanted, list(seen.values()))
 
@@ -324,11 +327,8 @@ def _looked(budget: BoundBudget, kept: Tensor, cost: float) -> tuple[float, floa
 
 def _close(budgets: Sequence[BoundBudget], shares: Sequence[float]) -> bool:
     """Whether an architecture keeps the budgets, and leaves no more than `LEFT` where that could be mended."""
-    if not all(budget.upper for budget in budgets) or not any(
-        isinstance(each.model, MeasuredModel) for each in budgets
-    ):
-        return _excess(budgets, shares) <= 0
-    return -LEFT <= _excess(budgets, shares) <= 0
+    mendable = all(each.upper for each in budgets) and any(isinstance(each.model, MeasuredModel) for each in budgets)
+    return (-LEFT if mendable else -inf) <= _excess(budgets, shares) <= 0
 
 
 def _excess(budgets: Sequence[BoundBudget], shares: Sequence[float]) -> float:

@@ -764,7 +764,7 @@ def test_the_best_candidate_that_keeps_its_limits_when_measured_with_more_care_i
     pool = torch.zeros(8, space.gate_count)
     for place in range(8):
         pool[place, : place + 1] = 1
-    monkeypatch.setattr("budgetnet.selection.measured_to_fit", lambda _, all, **__: (pool, [[0.0] * len(all)] * 8))
+    monkeypatch.setattr("budgetnet.selection.measured_to_fit", lambda _, own, **__: (pool, [[0.0] * len(own)] * 8))
     monkeypatch.setattr("budgetnet.selection.ROUNDS", 1)
     counted = bn.Budget(MACs(), at_most="50%").bind(space)
     model = Careful(space, counted.limit, *shares)
